@@ -1,0 +1,1 @@
+"""Sonic: audio-driven portrait animation that can be trained. The public API is `sonic_implementation`."""
