@@ -1,10 +1,291 @@
 """Everything that is a setting, and nothing that computes: constants of the method, presets, model and run configuration."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.flags import Checked, UserError, flag, number, one_of
+
+__all__ = ["UserError"]  # so that every module takes it from here
+
 SAMPLE_RATE = 16_000  # Hz; Whisper's input rate
 TICK_RATE = 25  # the method's clock: video ticks per second of speech
 SAMPLES_PER_TICK = SAMPLE_RATE // TICK_RATE  # 640
 FEATURES_PER_TICK = 2  # Whisper's encoder gives 50 features per second
 
+# Where the README's download commands put the weights.
+CHECKPOINTS = "checkpoints"
+BASE_MODEL = f"{CHECKPOINTS}/stable-video-diffusion-img2vid-xt"
+WHISPER = f"{CHECKPOINTS}/whisper-tiny"
+RELEASED = f"{CHECKPOINTS}/Sonic"
+SHIPPED = f"{CHECKPOINTS}/sonic-mini"
 
-class UserError(ValueError):
-    """Something the person at the keyboard can mend. The scripts print its one sentence and exit with code 2."""
+MOTIONS = ("mild", "moderate", "intense")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was trained and how it is sampled unless a flag says otherwise; saved with its weights."""
+
+    num_frames: int = 25  # frames of a window
+    frame_step: int = 2  # ticks per frame: 1 is 25 fps, 2 is 12.5 fps
+    resolution: int = 512  # pixels of the short side
+    shift_offset: int = (
+        7  # frames that the windows move per denoising step (the paper has 3, the released configuration 7)
+    )
+    overlap: int = 0  # frames that neighbouring windows share
+    num_inference_steps: int = 25
+    guidance_scale_image: float = 2.0
+    guidance_scale_audio: float = 7.5
+    decode_chunk_size: int = 8  # frames that the VAE decodes at once
+    crop: float | None = None  # margin of the square cut around the face, in face sizes; None takes the whole picture
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model at one size: its settings and the configurations of its parts, in the libraries' own terms."""
+
+    settings: Settings
+    unet: dict
+    vae: dict
+    image_encoder: dict
+    whisper: dict
+    adapter_hidden: int  # width of the adapters' hidden layers
+    audio_tokens: int  # audio tokens per frame
+
+
+# SVD's sampler; the same file lies in its scheduler/ folder.
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "sigma_max": 700.0,
+    "sigma_min": 0.002,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
+}
+
+PRESETS = {
+    # The released sizes (SPEC.md section 1; unet_config of the released checkpoint's manifest).
+    "svd-xt": Preset(
+        settings=Settings(),
+        unet={
+            "sample_size": 96,
+            "in_channels": 8,
+            "out_channels": 4,
+            "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"],
+            "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3,
+            "block_out_channels": [320, 640, 1280, 1280],
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 768,
+            "layers_per_block": 2,
+            "cross_attention_dim": 1024,
+            "transformer_layers_per_block": 1,
+            "num_attention_heads": [5, 10, 20, 20],
+            "num_frames": 25,
+        },
+        vae={
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": [128, 256, 512, 512],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "sample_size": 768,
+            "scaling_factor": 0.18215,
+            "force_upcast": True,
+        },
+        image_encoder={  # CLIP ViT-H/14
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "projection_dim": 1024,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+        whisper={"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536},
+        adapter_hidden=1024,
+        audio_tokens=32,
+    ),
+    # The same classes at a few million parameters: trains and animates on two CPU cores.
+    "mini": Preset(
+        settings=Settings(
+            num_frames=10,
+            frame_step=1,
+            resolution=128,
+            shift_offset=3,
+            num_inference_steps=12,
+            guidance_scale_audio=3.0,
+            decode_chunk_size=10,
+            crop=0.5,
+        ),
+        unet={
+            "sample_size": 16,
+            "in_channels": 8,
+            "out_channels": 4,
+            "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 2 + ["DownBlockSpatioTemporal"],
+            "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 2,
+            "block_out_channels": [32, 64, 96],
+            "addition_time_embed_dim": 32,
+            "projection_class_embeddings_input_dim": 96,
+            "layers_per_block": 1,
+            "cross_attention_dim": 64,
+            "transformer_layers_per_block": 1,
+            "num_attention_heads": [1, 2, 3],
+            "num_frames": 10,
+        },
+        vae={
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": [32, 32, 64, 64],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "sample_size": 128,
+            "scaling_factor": 0.18215,
+            "force_upcast": True,
+        },
+        image_encoder={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "projection_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+        whisper={"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128},
+        adapter_hidden=256,
+        audio_tokens=8,
+    ),
+}
+
+DEVICE = one_of("auto", "cpu", "cuda", "mps")
+DTYPE = one_of("auto", "fp32", "fp16", "bf16")
+WHOLE, POSITIVE = number(int, low=0), number(int, low=1)
+SCALE, BUCKET = number(float, low=0), number(float, low=0, high=127)
+
+
+@dataclass(frozen=True)
+class SonicConfig(Checked):
+    """Which model animates, and how. What is None comes from the checkpoint's own settings."""
+
+    checkpoint: str = flag(
+        SHIPPED, "folder with the trained weights, ours or the released unet.pth, audio2token.pth, audio2bucket.pth"
+    )
+    base_model: str | None = flag(
+        None, f"Stable Video Diffusion folder (default: the checkpoint's own, else {BASE_MODEL})"
+    )
+    whisper_path: str | None = flag(None, f"Whisper folder (default: the checkpoint's own, else {WHISPER})")
+    audio_extractor: str | None = flag(
+        None, "FILE.py:NAME of your own audio features, if the checkpoint was trained on them"
+    )
+    device: str = flag("auto", "auto, cpu, cuda or mps", DEVICE)
+    dtype: str = flag("auto", "auto (fp16 on cuda, else fp32), fp32, fp16 or bf16", DTYPE)
+    motion: str = flag("moderate", "mild, moderate or intense: motion buckets times 1.0, 1.5 or 2.0", one_of(*MOTIONS))
+    dynamic_scale: float | None = flag(None, "motion buckets times this number, instead of --motion", SCALE)
+    translation_bucket: float | None = flag(
+        None, "head motion, 0 to 127 (default: predicted from portrait and speech)", BUCKET
+    )
+    expression_bucket: float | None = flag(
+        None, "expression, 0 to 127 (default: predicted from portrait and speech)", BUCKET
+    )
+    guidance_scale_image: float | None = flag(None, "image guidance (released weights: 2.0)", SCALE)
+    guidance_scale_audio: float | None = flag(None, "audio guidance (released weights: 7.5)", SCALE)
+    shift_offset: int | None = flag(
+        None, "frames that the windows move per denoising step; 0 turns shift fusion off", WHOLE
+    )
+    overlap: int | None = flag(None, "frames that neighbouring windows share", WHOLE)
+    num_inference_steps: int | None = flag(None, "denoising steps", POSITIVE)
+    resolution: int | None = flag(
+        None, "short side of the video in pixels, rounded to a multiple of 64", number(int, low=64)
+    )
+    frame_step: int | None = flag(None, "1 makes 25 frames per second, 2 makes 12.5", number(int, low=1, high=5))
+    crop: float | None = flag(
+        None, "cut a square around the face, grown by this share of it on each side (released: 0.5)", SCALE
+    )
+    seed: int = flag(42, "the same seed on the same machine gives the same file", WHOLE)
+
+
+TRACKERS = ("none", "wandb", "tensorboard")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SHARE = number(float, low=0, high=1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Checked):
+    """One training run."""
+
+    data_root: str = flag("", "folder of .mp4 .mov .mkv .webm files with speech, also nested")
+    output_dir: str = flag("outputs", "where checkpoints, logs and validation videos go")
+    model_path: str = flag(
+        BASE_MODEL, "where training starts: a Stable Video Diffusion folder, or a checkpoint of ours"
+    )
+    base_model: str | None = flag(None, "VAE and CLIP folder (default: --model_path, or what its checkpoint names)")
+    whisper_path: str | None = flag(None, f"Whisper folder (default: the checkpoint's own, else {WHISPER})")
+    audio_extractor: str | None = flag(
+        None, "FILE.py:NAME of your own audio features instead of Whisper's (README: audio features)"
+    )
+    cache_dir: str | None = flag(None, "prepared data (default: OUTPUT_DIR/cache)")
+
+    num_frames: int | None = flag(
+        None, "frames of a training window (default: the model's; SVD 25)", number(int, low=2)
+    )
+    frame_step: int | None = flag(
+        None, "1 trains 25 frames per second, 2 trains 12.5 (default: the model's; SVD 2)", number(int, low=1, high=5)
+    )
+    resolution: int | None = flag(
+        None,
+        "side of the square training frames, a multiple of 64 (default: the model's; SVD 512)",
+        number(int, low=64),
+    )
+
+    train_batch_size: int = flag(1, "clips per process and step", POSITIVE)
+    gradient_accumulation_steps: int = flag(1, "batches per optimizer step", POSITIVE)
+    num_train_epochs: int = flag(100, "passes over the clips, one random window of each per pass", POSITIVE)
+    max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs", POSITIVE)
+    learning_rate: float = flag(1e-5, "AdamW's learning rate", number(float, above=0))
+    lr_scheduler: str = flag("constant", ", ".join(LR_SCHEDULERS), one_of(*LR_SCHEDULERS))
+    lr_warmup_steps: int = flag(0, "optimizer steps over which the learning rate rises", WHOLE)
+    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", SCALE)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 clips nothing", SCALE)
+    mixed_precision: str = flag("no", "no, fp16 or bf16; weights stay in fp32", one_of("no", "fp16", "bf16"))
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, about a third more time"
+    )
+
+    audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE)
+    image_drop_prob: float = flag(0.05, "share of samples without image (latent and CLIP)", SHARE)
+    both_drop_prob: float = flag(0.05, "share of samples without both", SHARE)
+
+    num_workers: int = flag(4, "processes that prepare the data, then load it; 0 loads in the main process", WHOLE)
+    save_steps: int = flag(500, "optimizer steps between checkpoints", POSITIVE)
+    logging_steps: int = flag(10, "optimizer steps between log lines", POSITIVE)
+    validation_steps: int = flag(500, "optimizer steps between validations; 0 turns them off", WHOLE)
+    seed: int = flag(42, "seed of everything random", WHOLE)
+    resume_from_checkpoint: str | None = flag(
+        None, "a checkpoint folder of an earlier run, or 'latest' in --output_dir"
+    )
+    report_to: str = flag("none", "none, wandb or tensorboard", one_of(*TRACKERS))
+    use_wandb: bool = flag(False, "the same as --report_to wandb")
+    dry_run: bool = flag(False, "print the resolved settings, models, data and a memory estimate, and stop")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.resolution and self.resolution % 64:
+            raise UserError(f"resolution must be a multiple of 64, not {self.resolution}")
+        if self.audio_drop_prob + self.image_drop_prob + self.both_drop_prob > 1:
+            raise UserError(
+                "audio_drop_prob, image_drop_prob and both_drop_prob exclude each other and must add up to 1 at most"
+            )
+        if not self.data_root:
+            raise UserError("data_root is missing: give the folder of your videos with --data_root")

@@ -1,0 +1,64 @@
+"""The two small networks between Whisper and the UNet (SPEC.md section 2; paper sections 3.2 and 3.3).
+
+Axes: T Whisper features of a window, S hidden states per feature, W Whisper's width, K audio tokens, D token width,
+E CLIP width; leading axes (clips, frames) are free.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, cat, nn
+
+SHORT_WINDOW = 10  # Whisper features of the short context: 0.2 s
+LONG_WINDOW = 50  # of the long context: 1 s
+BUCKET_SCALE = 16.0  # the released network's outputs times 16 plus 16 are buckets
+
+
+class AudioToken(nn.Module):
+    """`audio2token`: windows [..., T, S, W] -> tokens [..., K, D]."""
+
+    def __init__(self, layers: int, width: int, hidden: int = 1024, token_width: int = 1024, tokens: int = 32):
+        super().__init__()
+        self.layers, self.width, self.tokens, self.token_width = layers, width, tokens, token_width
+        self.proj1 = nn.Linear(SHORT_WINDOW * layers * width, hidden)
+        self.proj2 = nn.Linear(hidden, hidden)
+        self.proj3 = nn.Linear(hidden, tokens * token_width)
+        self.norm = nn.LayerNorm(token_width)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        x = F.relu(self.proj1(windows.flatten(-3)))
+        x = F.relu(self.proj2(x))
+        return self.norm(self.proj3(x).unflatten(-1, (self.tokens, self.token_width)))
+
+    def silence(self) -> Tensor:
+        """The tokens of the unconditional branch, [K, D]: `audio2token(zeros)`, not zeros."""
+        return self(self.proj1.weight.new_zeros(SHORT_WINDOW, self.layers, self.width))
+
+
+class AudioBucket(nn.Module):
+    """`audio2bucket`: windows [..., T, 1, W] and the CLIP embedding [..., E] -> raw outputs [..., outputs].
+
+    Outputs 0 and 1 are translation and expression. The released network is `outputs = output_dim × context_tokens` wide.
+    """
+
+    def __init__(self, width: int, clip_width: int, hidden: int = 1024, outputs: int = 2):
+        super().__init__()
+        self.width, self.clip_width = width, clip_width
+        self.proj1 = nn.Linear(LONG_WINDOW * width + clip_width, hidden)
+        self.proj2 = nn.Linear(hidden, hidden)
+        self.proj3 = nn.Linear(hidden, outputs)
+
+    def forward(self, windows: Tensor, clip_embedding: Tensor) -> Tensor:
+        x = cat([windows.flatten(-3), clip_embedding], dim=-1)
+        x = F.silu(self.proj1(x))
+        x = F.silu(self.proj2(x))
+        return self.proj3(x)
+
+    def buckets(self, windows: Tensor, clip_embedding: Tensor) -> Tensor:
+        """The same as motion buckets [..., 2] (translation, expression): outputs · 16 + 16 (SPEC.md section 2)."""
+        return self(windows, clip_embedding) * BUCKET_SCALE + BUCKET_SCALE
+
+
+def bucket_targets(buckets: Tensor) -> Tensor:
+    """What `audio2bucket` learns to give: (b - 16) / 16 (SPEC.md section 6)."""
+    return (buckets - BUCKET_SCALE) / BUCKET_SCALE

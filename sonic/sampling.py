@@ -1,0 +1,79 @@
+"""Guidance and time-aware position shift fusion as pure functions (SPEC.md section 5; paper section 3.4).
+
+Axes: N frames of the video, W frames of a window, C H W latent channels, height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor
+
+# (x [W, C, H, W], sigma scalar, frame indices) -> velocities without anything, with the image, with image and audio
+Branches = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor, Tensor]]
+
+
+def noise_levels(scheduler: EulerDiscreteScheduler, steps: int) -> Tensor:
+    """The scheduler's sigmas for this many steps, [steps + 1], the last one 0."""
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
+
+
+def windows(frames: int, window: int, overlap: int, shift: int) -> list[list[int]]:
+    """Frame indices of every window of one step: starts 0, W - overlap, ... < N, moved back by `shift`, modulo N (a ring).
+
+    A video shorter than the window makes the window as short. Raises ValueError if the overlap leaves no way forward.
+    """
+    if not 0 <= overlap < window:
+        raise ValueError(f"overlap {overlap} must be at least 0 and below the window of {window} frames")
+    window = min(window, frames)
+    overlap = min(overlap, window - 1)
+    starts = range(0, frames, window - overlap)
+    return [[(start - shift + i) % frames for i in range(window)] for start in starts]
+
+
+def ramp(scale: tuple[float, float], step: int, steps: int) -> float:
+    """A guidance scale that goes linearly from its first to its second value over the steps."""
+    return scale[0] + (scale[1] - scale[0]) * step / max(steps - 1, 1)
+
+
+def guide(u: Tensor, m: Tensor, c: Tensor, image_scale: float, audio_scale: float) -> Tensor:
+    """v = u + s_image (m - u) + s_audio (c - m)."""
+    return u + image_scale * (m - u) + audio_scale * (c - m)
+
+
+def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """One Euler step of dx/dsigma = (x - x0)/sigma, written with v so that nothing is divided by a small sigma:
+    (x - x0)/sigma = (sigma x + sqrt(sigma²+1) v) / (sigma²+1)."""
+    slope = (sigma * x + (sigma**2 + 1).sqrt() * velocity) / (sigma**2 + 1)
+    return x + slope * (next_sigma - sigma)
+
+
+def sample(
+    branches: Branches,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    window: int,
+    overlap: int = 0,
+    shift_offset: int = 0,
+    image_scale: tuple[float, float] = (2.0, 2.0),
+    audio_scale: tuple[float, float] = (7.5, 7.5),
+) -> Iterator[Tensor]:
+    """Denoises x [N, C, H, W] (start latents plus sigmas[0] · noise) and yields it after every step; the last one is the result.
+
+    The windows' seams move by `shift_offset` frames per step; where windows overlap, their stepped latents are averaged.
+    """
+    frames, steps = len(x), len(sigmas) - 1
+    for step in range(steps):
+        sigma, next_sigma = sigmas[step], sigmas[step + 1]
+        total, count = torch.zeros_like(x), torch.zeros(frames, 1, 1, 1, dtype=x.dtype, device=x.device)
+        for indices in windows(frames, window, overlap, step * shift_offset):
+            u, m, c = branches(x[indices], sigma, indices)
+            v = guide(u, m, c, ramp(image_scale, step, steps), ramp(audio_scale, step, steps))
+            total[indices] += euler_step(x[indices], v.to(x.dtype), sigma, next_sigma)
+            count[indices] += 1
+        x = total / count
+        yield x

@@ -1,0 +1,312 @@
+"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state, memory estimate.
+
+Everything random is drawn per sample from (seed, sample number), never from a global generator. So a run that is cut and
+resumed, or that is spread over other numbers of processes, sees the same samples, noise and dropout.
+
+Axes: B clips, F frames of a window, R pixels of a side, H W latent height and width (R / 8).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sonic.adapters import LONG_WINDOW, SHORT_WINDOW
+from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
+from sonic.config import TrainingConfig
+from sonic.denoiser import Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
+
+# The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
+# own: raw, its error of 10 to 40 at the start would take nearly all of it.
+BUCKET_LOSS_WEIGHT = 0.05
+VAE_BATCH = 8  # frames that the frozen VAE encodes at once
+ADAM_BYTES = 8  # two fp32 moments per parameter
+
+
+# ---------------------------------------------------------------------------------------------- samples and noise
+
+
+class SampleNumbers:
+    """The batches of one process, as lists of global sample numbers, from one micro-batch on.
+
+    Batch i of process r begins at sample (i · world + r) · B: the numbers and their order do not depend on the processes.
+    """
+
+    def __init__(self, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1):
+        self.batch_size, self.first, self.last, self.rank, self.world = batch_size, first, last, rank, world
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.first, self.last):
+            start = (batch * self.world + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
+
+
+class Numbered(torch.utils.data.Dataset):
+    """A dataset whose samples carry their number, from which their noise is drawn."""
+
+    def __init__(self, samples: torch.utils.data.Dataset):
+        self.samples = samples
+
+    def __getitem__(self, number: int) -> dict:
+        return {**self.samples[number], "number": number}
+
+
+@dataclass
+class Draw:
+    """sigma [B], noise [B, F, 4, H, W], and what is kept of the conditions, [B] each."""
+
+    sigma: Tensor
+    noise: Tensor
+    keep_audio: Tensor
+    keep_image: Tensor
+
+
+def generator_for(seed: int, number: int) -> torch.Generator:
+    """A generator that depends on the run's seed and a sample's number and on nothing else."""
+    words = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> Draw:
+    """Noise level, noise of this shape per sample, and dropout: audio, image and both exclude each other (SPEC.md section 6)."""
+    sigmas, noises, audio, image = [], [], [], []
+    for number in numbers:
+        generator = generator_for(config.seed, number)
+        sigmas.append(draw_sigma(1, generator))
+        noises.append(torch.randn(shape, generator=generator))
+        chance = torch.rand((), generator=generator).item()
+        no_audio = chance < config.audio_drop_prob
+        no_image = not no_audio and chance < config.audio_drop_prob + config.image_drop_prob
+        neither = config.audio_drop_prob + config.image_drop_prob <= chance
+        neither &= chance < config.audio_drop_prob + config.image_drop_prob + config.both_drop_prob
+        audio.append(not (no_audio or neither))
+        image.append(not (no_image or neither))
+    return Draw(torch.cat(sigmas), torch.stack(noises), torch.tensor(audio).float(), torch.tensor(image).float())
+
+
+# ---------------------------------------------------------------------------------------------- frozen encoders
+
+
+@dataclass
+class EncodedClip:
+    """What is left of a batch of samples when the frozen encoders have seen it: all that `TrainingBatch` needs but noise."""
+
+    latents: Tensor
+    portrait: Portrait
+    short_windows: Tensor
+    long_windows: Tensor
+    buckets: Tensor
+    fps: Tensor
+
+    def with_noise(self, noise: Draw) -> TrainingBatch:
+        """A batch for the loss, on this clip's device."""
+        here = {name: value.to(self.latents.device) for name, value in vars(noise).items()}
+        return TrainingBatch(**vars(self), **here)
+
+
+class Encoders:
+    """The frozen VAE and CLIP encoder on the training device."""
+
+    def __init__(self, base: BaseModels, device: torch.device):
+        self.vae, self.image_encoder, self.device = base.vae.to(device), base.image_encoder.to(device), device
+
+    @torch.no_grad()
+    def __call__(self, samples: dict) -> EncodedClip:
+        """Collated samples of `SonicDataset` -> latents [B, F, 4, H, W] (scaled) and conditions."""
+        frames = samples["frames"].to(self.device, self.vae.dtype)
+        latents = [self._mode(part) for part in rearrange(frames, "b f c h w -> (b f) c h w").split(VAE_BATCH)]
+        latents = rearrange(torch.cat(latents), "(b f) c h w -> b f c h w", b=len(frames))
+        clip = self.image_encoder(samples["clip_pixels"].to(self.device, self.image_encoder.dtype)).image_embeds
+        reference = self._mode(samples["reference"].to(self.device, self.vae.dtype))
+        return EncodedClip(
+            latents=latents * self.vae.config.scaling_factor,
+            portrait=Portrait(reference, clip.float(), samples["mask"].to(self.device)),
+            short_windows=samples["audio_windows"].to(self.device),
+            long_windows=samples["bucket_windows"].to(self.device),
+            buckets=samples["buckets"].to(self.device).float(),
+            fps=samples["fps"].to(self.device).float(),
+        )
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        """The mean of the VAE's posterior, not scaled: the same latents every time a frame is seen."""
+        return self.vae.encode(pixels).latent_dist.mode().float()
+
+
+def total_loss(losses: Losses) -> Tensor:
+    """What is differentiated: the UNet's loss plus the bucket predictor's."""
+    return losses.velocity + BUCKET_LOSS_WEIGHT * losses.bucket
+
+
+# ---------------------------------------------------------------------------------------------- run state
+
+
+@dataclass
+class RunState:
+    """How far a run is, with the sums behind the next log line: saved and restored with every checkpoint."""
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    waited: float = 0.0  # seconds since the last log line that the loop stood waiting for data; not part of the state
+    seconds: float = 0.0
+
+    def time(self, wait: float, whole: float) -> None:
+        """Counts a micro-batch's seconds."""
+        self.waited += wait
+        self.seconds += whole
+
+    def timing(self) -> tuple[float, float]:
+        """Seconds per micro-batch and the share of them spent waiting for data, since the last log line."""
+        timing = self.seconds / max(self.count, 1), self.waited / max(self.seconds, 1e-9)
+        self.waited = self.seconds = 0.0
+        return timing
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: total / max(self.count, 1) for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "sums": dict(self.sums), "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.sums, self.count = state["step"], state["sums"], state["count"]
+
+
+class Log:
+    """One JSON object per line in `log.jsonl`; lines beyond the step that a run resumes at are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text().splitlines()
+        return [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
+
+    def write(self, step: int, values: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def seed_everything(seed: int) -> None:
+    """For what is not drawn per sample: the start weights of new adapters."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def save_training_checkpoint(folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint) -> None:
+    """Model in our form, in the released form, and all that a resumed run needs. Called by every process."""
+    accelerator.save_state(str(folder / "state"), safe_serialization=True)
+    if accelerator.is_main_process:
+        plain = accelerator.unwrap_model(model)
+        save_model(folder, plain, start)
+        save_released(folder / "released", plain)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def used_memory(device: torch.device) -> float:
+    """GB at the peak so far: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def estimate_memory(
+    architecture: Architecture, config: TrainingConfig, frozen: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """GB per process by part at the peak of a step, and parameter counts, before anything is loaded.
+
+    `frozen` is the number of the encoders' parameters. Activations are those that a real forward pass keeps for its
+    backward pass, counted on tensors without storage.
+    """
+    precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    frozen_bytes = frozen * (2 if config.mixed_precision == "bf16" else 4)
+    side = config.resolution // 8
+    clips, frames = config.train_batch_size, config.num_frames
+    saved: dict[int, int] = {}
+    with FakeTensorMode():
+        model = architecture.build()
+        model.unet.freeze_unused()
+        if config.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        alive: list[Tensor] = []
+        latent = torch.zeros(clips, frames, 4, side, side)
+        batch = TrainingBatch(
+            latents=latent,
+            portrait=Portrait(
+                latent[:, 0], torch.zeros(clips, architecture.clip_width), torch.zeros(clips, 1, side, side)
+            ),
+            short_windows=torch.zeros(clips, frames, SHORT_WINDOW, architecture.audio_layers, architecture.audio_width),
+            long_windows=torch.zeros(clips, frames, LONG_WINDOW, 1, architecture.audio_width),
+            buckets=torch.zeros(clips, 2),
+            fps=torch.zeros(clips),
+            keep_audio=torch.ones(clips),
+            keep_image=torch.ones(clips),
+            sigma=torch.ones(clips),
+            noise=latent,
+        )
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", precision, enabled=precision != torch.float32),
+        ):
+            total_loss(model(batch))
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+    parts = {
+        "weights": 4 * parameters,
+        "gradients": 4 * trainable,
+        "optimizer": ADAM_BYTES * trainable,
+        "activations": sum(saved.values()),
+        "encoders": frozen_bytes,
+    }
+    sizes = {name: count / 1e9 for name, count in parts.items()}
+    return sizes, {"all": parameters, "trainable": trainable, "frozen encoders": frozen}
+
+
+def optimizer_steps(config: TrainingConfig, clips: int, world: int) -> tuple[int, int]:
+    """Optimizer steps per epoch and in all; an epoch is one window of every clip."""
+    per_epoch = math.ceil(clips / (config.train_batch_size * config.gradient_accumulation_steps * world))
+    return per_epoch, config.max_train_steps or per_epoch * config.num_train_epochs
+
+
+def with_model_defaults(config: TrainingConfig, settings) -> TrainingConfig:
+    """Window length, frame step and resolution that no flag gave are the model's own."""
+    own = {name: getattr(settings, name) for name in ("num_frames", "frame_step", "resolution")}
+    return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})

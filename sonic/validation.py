@@ -1,0 +1,122 @@
+"""What a training run measures on held-out clips, with the same windows and the same noise every time.
+
+The number to watch is the audio gap: a model that does not listen has none, long before a loss or a video shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from sonic import media
+from sonic.config import SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
+from sonic.dataset import SonicDataset
+from sonic.denoiser import Denoiser, TrainingBatch
+from sonic.pipeline import Animator, Speech
+from sonic.prepare import Clip
+from sonic.training import Draw, EncodedClip, Encoders, draw
+
+WINDOWS = 8  # fixed windows, of as many different clips as there are
+GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face (issue: training)
+VIDEO_WINDOWS = 3  # the sample video is at most this many training windows long
+NO_DROPOUT = {"audio_drop_prob": 0.0, "image_drop_prob": 0.0, "both_drop_prob": 0.0}
+
+
+def face_loss(velocity_map: Tensor, mask: Tensor) -> Tensor:
+    """Mean of a loss map [B, F, H, W] inside the face masks [B, 1, h, w] of any size, per clip [B]."""
+    weight = F.interpolate(mask.float(), size=velocity_map.shape[-2:], mode="area")
+    inside = (velocity_map * weight).sum((1, 2, 3))
+    return inside / (weight.sum((1, 2, 3)) * velocity_map.shape[1]).clamp_min(1e-6)
+
+
+class Validation:
+    """Held-out clips, encoded once. Every process runs the same; only the main one writes."""
+
+    def __init__(self, clips: list[Clip], config: TrainingConfig, settings: Settings, encoders: Encoders):
+        self.config, self.settings, self.encoders, self.clips = replace(config, **NO_DROPOUT), settings, encoders, clips
+        samples = self._dataset(clips, settings.num_frames)
+        # The dataset's first numbers are different clips, as long as there are some.
+        self.batches = [self._encoded(samples, number) for number in range(min(WINDOWS, max(len(clips), 2)))]
+        self.names = [samples[number]["name"] for number in range(len(self.batches))]
+
+    def _dataset(self, clips: list[Clip], num_frames: int) -> SonicDataset:
+        return SonicDataset(
+            clips,
+            num_frames=num_frames,
+            frame_step=self.settings.frame_step,
+            resolution=self.settings.resolution,
+            clip_size=self.encoders.image_encoder.config.image_size,
+            seed=0,
+        )
+
+    def _encoded(self, samples: SonicDataset, number: int) -> tuple[EncodedClip, Draw]:
+        encoded = self.encoders(default_collate([samples[number]]))
+        return encoded, draw(self.config, [number], encoded.latents.shape[1:])
+
+    @torch.no_grad()
+    def measure(self, model: Denoiser) -> dict[str, float]:
+        """Validation loss, bucket loss, token spread, and the audio gap at each sigma (None without a second clip's audio)."""
+        losses = [model(encoded.with_noise(noise)) for encoded, noise in self.batches]
+        means = {
+            "validation_loss": np.mean([one.velocity.item() for one in losses]),
+            "validation_bucket_loss": np.mean([one.bucket.item() for one in losses]),
+            "token_spread": np.mean([one.token_spread.item() for one in losses]),
+        }
+        gaps = {f"audio_gap_sigma_{sigma:g}": self._gap(model, sigma) for sigma in GAP_SIGMAS}
+        return {name: value if value is None else float(value) for name, value in {**means, **gaps}.items()}
+
+    def _gap(self, model: Denoiser, sigma: float) -> float | None:
+        """Loss inside the face with another clip's audio, minus that with the right one, same noise; the mean over windows."""
+        gaps = []
+        for index, (encoded, noise) in enumerate(self.batches):
+            others = [
+                batch[0] for batch, name in zip(self.batches, self.names, strict=True) if name != self.names[index]
+            ]
+            if not others:
+                continue
+            batch = encoded.with_noise(replace(noise, sigma=torch.full_like(noise.sigma, sigma)))
+            wrong = replace(batch, short_windows=others[index % len(others)].short_windows)
+            gaps.append(self._face(model, wrong) - self._face(model, batch))
+        return float(np.mean(gaps)) if gaps else None
+
+    @staticmethod
+    def _face(model: Denoiser, batch: TrainingBatch) -> float:
+        return face_loss(model(batch).velocity_map, batch.portrait.mask).item()
+
+    @torch.no_grad()
+    def video(self, animator: Animator, path: Path | None, trackers: list, step: int) -> None:
+        """Animates a held-out clip's reference frame with its own speech and buckets; the left half is the truth.
+
+        Written to `path` and to the trackers, unless `path` is None (a process that only takes part in the computing).
+        """
+        clip = max(self.clips, key=lambda clip: clip.num_ticks)
+        wanted = VIDEO_WINDOWS * self.settings.num_frames
+        frames = min(wanted, (clip.num_ticks - 1) // self.settings.frame_step)
+        sample = self._dataset([clip], frames)[0]
+        encoded = self.encoders(default_collate([sample]))
+        audio2token = animator.denoiser.audio2token
+        tokens, buckets = audio2token(encoded.short_windows)[0], encoded.buckets.expand(frames, -1)
+        made = animator.animate(encoded.portrait, Speech(tokens, audio2token.silence(), buckets), self.settings, seed=0)
+        if path is None:
+            return
+        truth = rearrange(((sample["frames"] + 1) * 127.5).round().to(torch.uint8), "f c h w -> f h w c").numpy()
+        first, last = int(sample["ticks"][0]), int(sample["ticks"][-1]) + self.settings.frame_step
+        speech = media.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
+        beside = np.concatenate([truth, made], axis=2)
+        media.save_video(beside, path, TICK_RATE / self.settings.frame_step, speech)
+        for tracker in trackers:
+            if tracker.name == "wandb":
+                import wandb  # only a run that reports there needs it
+
+                tracker.log({"validation_video": wandb.Video(str(path))}, step=step)
+            if (
+                tracker.name == "tensorboard"
+            ):  # its own video writer wants an old moviepy; every fifth frame tells as much
+                tracker.writer.add_images("validation_frames", beside[::5], step, dataformats="NHWC")

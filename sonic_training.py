@@ -1,0 +1,301 @@
+"""Train Sonic on a folder of videos.
+
+    python sonic_training.py --model_path checkpoints/stable-video-diffusion-img2vid-xt --data_root VIDEOS --output_dir OUT \\
+        --train_batch_size 1 --num_train_epochs 100 --learning_rate 1e-5 --mixed_precision fp16 --num_frames 25 --resolution 576
+    accelerate launch sonic_training.py ...                        # several processes or machines
+    python sonic_training.py ... --resume_from_checkpoint latest   # goes on where it was
+    python sonic_training.py ... --dry_run                         # what would happen, and what it needs
+
+Window length, frame step and resolution that no flag gives are those of the model that training starts from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sonic.audio import load_extractor
+from sonic.checkpoints import (
+    Checkpoint,
+    atomic_folder,
+    count_base_parameters,
+    load_base,
+    load_whisper,
+    locate,
+    open_checkpoint,
+    portable,
+    training_checkpoints,
+)
+from sonic.config import TrainingConfig, UserError
+from sonic.dataset import SonicDataset
+from sonic.flags import Parser, config_from, run
+from sonic.pipeline import Animator
+from sonic.prepare import PreparedData, find_videos, hold_out, prepare
+from sonic.training import (
+    Encoders,
+    Log,
+    Numbered,
+    RunState,
+    SampleNumbers,
+    draw,
+    estimate_memory,
+    optimizer_steps,
+    save_training_checkpoint,
+    seed_everything,
+    total_loss,
+    used_memory,
+    with_model_defaults,
+)
+from sonic.validation import Validation
+
+
+def parse(arguments: list[str] | None = None) -> TrainingConfig:
+    """The command line as a checked configuration."""
+    parser = Parser(__doc__)
+    parser.add_config(TrainingConfig)
+    config = config_from(TrainingConfig, parser.parse_args(arguments))
+    return dataclasses.replace(config, report_to="wandb") if config.use_wandb else config
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse(arguments)
+    extractor = load_extractor(config.audio_extractor) if config.audio_extractor else None
+    output_dir = Path(config.output_dir)
+    resumed = checkpoint_to_resume(config, output_dir)
+    start = open_checkpoint(resumed or config.model_path, config.base_model, config.whisper_path, extractor)
+    config = with_model_defaults(config, start.settings)
+    start = for_this_run(start, config)
+    if config.dry_run:
+        return dry_run(config, start)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a CUDA GPU: use --mixed_precision bf16, or no, on this machine")
+
+    make_output_dir(output_dir)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=output_dir,
+    )
+    with accelerator.main_process_first():
+        data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
+    train_clips, held_out = hold_out(data.clips)
+
+    seed_everything(config.seed)
+    model = start.load().train()
+    model.unet.freeze_unused()
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    half = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32  # SVD's VAE overflows in fp16
+    base = load_base(start.base_model, half, half).to(accelerator.device)
+    encoders = Encoders(base, accelerator.device)
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    per_epoch, total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
+    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    state = RunState()
+    accelerator.register_for_checkpointing(lr_scheduler, state)
+    keep_model_out_of_state(accelerator)
+    if resumed:
+        accelerator.load_state(str(resumed / "state"))
+        accelerator.print(f"resumed at step {state.step} from {resumed}")
+    accelerator.print(
+        f"{len(train_clips)} training clips, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
+        f"{sum(parameter.numel() for parameter in trainable) / 1e6:.1f} M parameters on {accelerator.device}; "
+        f"{total_steps} steps, {per_epoch} per epoch"
+    )
+    log = Log(output_dir / "log.jsonl", state.step) if accelerator.is_main_process else None
+    accelerator.init_trackers("sonic", {name: str(value) for name, value in dataclasses.asdict(config).items()})
+
+    dataset = SonicDataset(
+        train_clips,
+        num_frames=config.num_frames,
+        frame_step=config.frame_step,
+        resolution=config.resolution,
+        clip_size=encoders.image_encoder.config.image_size,
+        seed=config.seed,
+    )
+    accumulated = config.gradient_accumulation_steps
+    loader = DataLoader(
+        Numbered(dataset),
+        batch_sampler=SampleNumbers(
+            config.train_batch_size,
+            first=state.step * accumulated,
+            last=total_steps * accumulated,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        ),
+        num_workers=config.num_workers,
+        multiprocessing_context="spawn" if config.num_workers else None,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    validation = (
+        Validation(held_out, config, start.settings, encoders) if config.validation_steps and held_out else None
+    )
+    if validation is None and config.validation_steps:
+        accelerator.print("no clip is long enough to be held out: this run does not validate")
+
+    def report(values: dict) -> None:
+        if accelerator.is_main_process:
+            log.write(state.step, values)
+            accelerator.log({name: value for name, value in values.items() if value is not None}, step=state.step)
+
+    def save() -> None:
+        target = output_dir / f"checkpoint-{state.step}"
+        with atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder:
+            save_training_checkpoint(folder, accelerator, model, start)
+
+    def validate() -> None:
+        plain = accelerator.unwrap_model(model)
+        plain.eval()
+        with accelerator.autocast():
+            values = validation.measure(plain)
+            animator = Animator(plain, base, accelerator.device)
+            path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
+            validation.video(animator, path if accelerator.is_main_process else None, accelerator.trackers, state.step)
+        plain.train()
+        report(values)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
+        accelerator.print(f"step {state.step}: {shown}")
+
+    # The loop. A step is: encode with the frozen models, draw noise by sample number, one loss, one AdamW update.
+    bar = tqdm(
+        total=total_steps, initial=state.step, unit="step", disable=None if accelerator.is_main_process else True
+    )
+    clock = time.perf_counter()
+    for samples in loader:
+        waited = time.perf_counter() - clock
+        with accelerator.accumulate(model):
+            clip = encoders(samples)
+            noise = draw(config, samples["number"].tolist(), clip.latents.shape[1:])
+            losses = model(clip.with_noise(noise))
+            accelerator.backward(total_loss(losses))
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        state.add(
+            loss=losses.velocity.item(), bucket_loss=losses.bucket.item(), token_spread=losses.token_spread.item()
+        )
+        state.time(wait=waited, whole=time.perf_counter() - clock)
+        clock = time.perf_counter()
+        if not accelerator.sync_gradients:
+            continue
+
+        lr_scheduler.step()
+        state.step += 1
+        bar.update()
+        if state.step % config.logging_steps == 0 or state.step == total_steps:
+            seconds, wait = state.timing()
+            means = accelerator.reduce(torch.tensor(list(state.means().values()), device=accelerator.device), "mean")
+            values = dict(zip(("loss", "bucket_loss", "token_spread"), means.tolist(), strict=True))
+            values |= {"grad_norm": float(norm), "learning_rate": lr_scheduler.get_last_lr()[0]}
+            clips = config.train_batch_size * accelerator.num_processes
+            values |= {
+                "clips_per_second": clips / seconds,
+                "data_wait": wait,
+                "memory_gb": used_memory(accelerator.device),
+            }
+            report(values)
+            bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.1e}")
+        if validation and (state.step % config.validation_steps == 0 or state.step == total_steps):
+            validate()
+        if state.step % config.save_steps == 0 or state.step == total_steps:
+            save()
+        clock = time.perf_counter()
+    bar.close()
+    accelerator.end_training()
+    accelerator.print(f"done: {state.step} steps; the model is in {output_dir / f'checkpoint-{state.step}'}")
+
+
+def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | None:
+    """The folder that --resume_from_checkpoint means; 'latest' of a run that has saved nothing yet starts anew."""
+    if config.resume_from_checkpoint is None:
+        return None
+    if config.resume_from_checkpoint == "latest":
+        found = training_checkpoints(output_dir)
+        if not found:
+            print(f"no checkpoint in {output_dir} yet: starting anew")
+        return found[-1] if found else None
+    folder = locate(config.resume_from_checkpoint, "checkpoint")
+    if not (folder / "state").is_dir():
+        raise UserError(f"'{folder}' holds no training state; to start from its weights use --model_path {folder}")
+    return folder
+
+
+def for_this_run(start: Checkpoint, config: TrainingConfig) -> Checkpoint:
+    """What the run's checkpoints will say of themselves."""
+    settings = dataclasses.replace(
+        start.settings,
+        num_frames=config.num_frames,
+        frame_step=config.frame_step,
+        resolution=config.resolution,
+        shift_offset=3 if config.frame_step == 1 else 7,  # SPEC.md section 5
+        crop=0.5,  # training crops a square around the face, so animating should too
+    )
+    whisper = portable(start.whisper_path) if start.whisper_path else None
+    return dataclasses.replace(start, settings=settings, base_model=portable(start.base_model), whisper_path=whisper)
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Creates the output folder and proves that it can be written to, before hours are spent."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to output folder '{output_dir}': {error.strerror}") from None
+
+
+def prepare_data(config: TrainingConfig, start: Checkpoint, extractor, output_dir: Path, talk: bool) -> PreparedData:
+    """Tracks and audio features of every video, made or reused; prints what was left out and why."""
+    data = prepare(
+        config.data_root,
+        config.cache_dir or output_dir / "cache",
+        extractor or load_whisper(locate(start.whisper_path, "Whisper")),
+        num_frames=config.num_frames,
+        frame_step=config.frame_step,
+        num_workers=config.num_workers,
+        progress=talk,
+    )
+    if talk:
+        print(data.table())
+        (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    return data
+
+
+def keep_model_out_of_state(accelerator: Accelerator) -> None:
+    """Weights are saved once, in our own form, and loaded from there before accelerate restores the rest."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+
+def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
+    """Prints what a run with these flags is made of, and stops before anything is loaded or written."""
+    print(json.dumps(dataclasses.asdict(config), indent=1))
+    videos = find_videos(config.data_root)
+    print(f"data: {len(videos)} video files in {config.data_root}")
+    print("model:", {part: str(path) for part, path in start.tensors.items()})
+    print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
+    frozen = count_base_parameters(locate(start.base_model, "base model"))
+    parts, counts = estimate_memory(start.architecture, config, frozen)
+    print("parameters: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items()))
+    for name, size in parts.items():
+        print(f"  {name:12} {size:8.2f} GB")
+    print(f"  {'together':12} {sum(parts.values()):8.2f} GB per process, estimated")
+
+
+if __name__ == "__main__":
+    run(main)
