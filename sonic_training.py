@@ -285,7 +285,7 @@ def keep_model_out_of_state(accelerator: Accelerator) -> None:
 def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
     """Prints what a run with these flags is made of, and stops before anything is loaded or written."""
     print(json.dumps(dataclasses.asdict(config), indent=1))
-    videos = find_videos(config.data_root)
+    videos = find_videos(Path(config.data_root))
     print(f"data: {len(videos)} video files in {config.data_root}")
     print("model:", {part: str(path) for part, path in start.tensors.items()})
     print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
