@@ -400,7 +400,9 @@ def create_base(folder: Path, preset: Preset) -> None:
     """Writes a base folder in SVD's layout with the preset's sizes and random weights."""
     UNetSpatioTemporalConditionModel(**preset.unet).save_pretrained(folder / "unet")
     AutoencoderKLTemporalDecoder(**preset.vae).save_pretrained(folder / "vae")
-    CLIPVisionModelWithProjection(CLIPVisionConfig(**preset.image_encoder)).save_pretrained(folder / "image_encoder")
+    config = CLIPVisionConfig(**preset.image_encoder)
+    config.save_pretrained(folder / "image_encoder")
+    save_file(tensors_of(CLIPVisionModelWithProjection(config)), folder / "image_encoder/model.safetensors")
     EulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
 
 

@@ -133,13 +133,14 @@ PRESETS = {
             "out_channels": 4,
             "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 2 + ["DownBlockSpatioTemporal"],
             "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 2,
-            "block_out_channels": [32, 64, 96],
+            # 64 at least: GroupNorm has 32 groups, and with one channel each it would norm the noise level away.
+            "block_out_channels": [64, 64, 96],
             "addition_time_embed_dim": 32,
             "projection_class_embeddings_input_dim": 96,
             "layers_per_block": 1,
             "cross_attention_dim": 64,
             "transformer_layers_per_block": 1,
-            "num_attention_heads": [1, 2, 3],
+            "num_attention_heads": [2, 2, 3],
             "num_frames": 10,
         },
         vae={

@@ -1,0 +1,84 @@
+"""What several tests share: a model of the smallest size that has every part, and puppet clips to train it on."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sonic.checkpoints import create_checkpoint
+from sonic.config import Preset, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+TINY = Preset(
+    settings=Settings(
+        num_frames=4,
+        frame_step=1,
+        resolution=64,
+        shift_offset=1,
+        num_inference_steps=2,
+        guidance_scale_audio=3.0,
+        decode_chunk_size=4,
+        crop=0.5,
+    ),
+    unet={
+        "sample_size": 8,
+        "in_channels": 8,
+        "out_channels": 4,
+        "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
+        "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
+        "block_out_channels": [64, 64],  # with 32, one channel per norm group, the time embedding would be normed away
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24,
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "num_attention_heads": [1, 2],
+        "num_frames": 4,
+    },
+    vae={
+        "block_out_channels": [32, 32, 32, 32],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "sample_size": 64,
+        "scaling_factor": 0.18215,
+        "force_upcast": True,
+    },
+    image_encoder={
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "projection_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    whisper={"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16},
+    adapter_hidden=32,
+    audio_tokens=4,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A checkpoint folder of ours with random weights. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "sonic-tiny"
+    create_checkpoint(folder, TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A data folder with three puppet clips, one of them nested."""
+    folder = tmp_path_factory.mktemp("clips")
+    for index, name in enumerate(("one.mp4", "two.mp4", "nested/three.mp4")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(EXAMPLES / f"clips/puppet_{index:04d}.mp4", folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A preparation cache that the training tests share."""
+    return tmp_path_factory.mktemp("cache")
