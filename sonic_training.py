@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     with accelerator.main_process_first():
         data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
-    train_clips, held_out = hold_out(data.clips)
+    train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
 
     seed_everything(config.seed)
     model = start.load().train()
@@ -101,7 +101,11 @@ def main(arguments: list[str] | None = None) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     per_epoch, total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
-    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, total_steps)
+    # "constant" as diffusers knows it ignores the warmup that was asked for.
+    schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    lr_scheduler = get_scheduler(
+        schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
 
     state = RunState()

@@ -128,7 +128,8 @@ class Encoders:
     @torch.no_grad()
     def __call__(self, samples: dict) -> EncodedClip:
         """Collated samples of `SonicDataset` -> latents [B, F, 4, H, W] (scaled) and conditions."""
-        frames = samples["frames"].to(self.device, self.vae.dtype)
+        # Contiguous, as workers deliver them: another memory layout would round differently.
+        frames = samples["frames"].to(self.device, self.vae.dtype).contiguous()
         latents = [self._mode(part) for part in rearrange(frames, "b f c h w -> (b f) c h w").split(VAE_BATCH)]
         latents = rearrange(torch.cat(latents), "(b f) c h w -> b f c h w", b=len(frames))
         clip = self.image_encoder(samples["clip_pixels"].to(self.device, self.image_encoder.dtype)).image_embeds

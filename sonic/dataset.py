@@ -1,0 +1,196 @@
+"""Prepared clips to training samples. A sample's content follows from (seed, number) alone, whoever computes it.
+
+Axes: F frames of a window, R resolution, L layers and W width of the audio features.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from sonic.audio import long_windows, short_windows
+from sonic.config import FEATURES_PER_TICK, TICK_RATE
+from sonic.faces import MASK_GROWTH, square_crop, union_box
+from sonic.media import VideoReader, resize_square
+from sonic.motion import motion_buckets
+from sonic.portrait import clip_pixels, resized_mask
+from sonic.prepare import Clip
+
+CROP_EXPAND = 0.5  # of the face's size on each side, as in the released preprocessing
+OPEN_READERS = 4  # per worker; each holds a file handle and a decoder's pictures
+REFERENCE_DISTANCE = TICK_RATE  # ticks; a second away the mouth has said something else
+WINDOW_REACH = 100  # features read on both sides of a window: more than the 26 that the long context reaches to
+
+
+class SonicDataset(torch.utils.data.Dataset):
+    """Windows of F frames at `frame_step` ticks, each with one reference frame of the same clip (SPEC section 6).
+
+    `dataset[n]` works for any n >= 0: every clip once per len(clips) samples, in an order drawn anew each time. `length`
+    is what len() says, by default the number of clips. ValueError: a clip shorter than a window. UserError: a file that
+    has changed since it was prepared.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        *,
+        num_frames: int,
+        frame_step: int,
+        resolution: int,
+        clip_size: int = 224,
+        seed: int = 0,
+        length: int | None = None,
+    ):
+        self.clips = list(clips)
+        self.num_frames, self.frame_step = num_frames, frame_step
+        self.resolution, self.clip_size = resolution, clip_size
+        self.seed = seed
+        self.length = len(self.clips) if length is None else length
+        self._span = (num_frames - 1) * frame_step + 1  # ticks from a window's first frame to its last
+        self._readers: OrderedDict[str, VideoReader] = OrderedDict()
+        self._process = os.getpid()
+        if not self.clips:
+            raise ValueError("A dataset needs at least one clip.")
+        for clip in self.clips:
+            if clip.num_ticks < self._span:
+                raise ValueError(f"Clip {clip.name} has {clip.num_ticks} ticks, a window needs {self._span}.")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> dict[str, Tensor | str]:
+        """Sample `number`: frames [F, 3, R, R] and reference [3, R, R] in [-1, 1], clip_pixels [3, S, S], mask [1, R, R],
+        audio_windows [F, 10, L, W], bucket_windows [F, 50, 1, W], buckets [2], fps [], ticks int64 [F], name.
+        """
+        clip, window, reference = self._draw(int(number))
+        boxes = clip.boxes[window]
+        square = window_square(boxes, clip.width, clip.height)
+        pictures, portrait = self._read(clip, window, reference, square)
+        frames = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        corner, side = np.array([square[0], square[1]] * 2), square[2] - square[0]
+        size = (self.resolution, self.resolution)
+        ticks = torch.from_numpy(clip.start + window)
+        audio_windows, bucket_windows = self._hear(clip, ticks)
+        return {
+            "frames": frames,
+            "reference": torch.from_numpy(portrait).permute(2, 0, 1).float() / 127.5 - 1,
+            "clip_pixels": clip_pixels(Image.fromarray(portrait), self.clip_size),
+            "mask": resized_mask(union_box(boxes) - corner, (side, side), size),
+            "audio_windows": audio_windows,
+            "bucket_windows": bucket_windows,
+            "buckets": torch.tensor(motion_buckets(boxes, clip.landmarks[window])),
+            "fps": torch.tensor(TICK_RATE / self.frame_step),
+            "ticks": ticks,
+            "name": clip.name,
+        }
+
+    def _draw(self, number: int) -> tuple[Clip, np.ndarray, int]:
+        """The clip, the window's ticks int64 [F] and the reference's tick, both counted from the clip's start."""
+        if number < 0:
+            raise IndexError(f"Samples are numbered from 0, not {number}.")
+        lap, position = divmod(number, len(self.clips))
+        order = np.random.default_rng([self.seed, lap, 0]).permutation(len(self.clips))
+        clip = self.clips[order[position]]
+        rng = np.random.default_rng([self.seed, number, 1])
+        first = int(rng.integers(clip.num_ticks - self._span + 1))
+        window = first + self.frame_step * np.arange(self.num_frames, dtype=np.int64)
+
+        # The reference, in falling order of preference: a second away and seen whole in the window's own square; outside
+        # the window; anywhere (a clip of just one window has nothing else).
+        ticks = np.arange(clip.num_ticks)
+        away = np.maximum(first - ticks, ticks - (first + self._span - 1))
+        seen = inside(clip.boxes, window_square(clip.boxes[window], clip.width, clip.height))
+        for choice in ((away >= REFERENCE_DISTANCE) & seen, (away > 0) & seen, away > 0, ticks >= 0):
+            if choice.any():
+                return clip, window, int(rng.choice(ticks[choice]))
+        raise AssertionError("a clip has ticks")
+
+    def _read(self, clip: Clip, window: np.ndarray, reference: int, square) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [F, R, R, 3] and [R, R, 3]; pictures are cut and shrunk one by one, full-size ones are not kept."""
+        own = square
+        if not inside(clip.boxes[reference][None], square)[0]:
+            own = _around(clip.boxes[reference], square[2] - square[0], clip.width, clip.height)
+        wanted = {int(tick): None for tick in window}
+        portrait = None
+        for tick, picture in self._reader(clip).frames([clip.start + t for t in (*wanted, reference)]):
+            tick -= clip.start
+            if tick in wanted:
+                wanted[tick] = resize_square(cut(picture, square), self.resolution)
+            if tick == reference:
+                portrait = resize_square(cut(picture, own), self.resolution)
+        return np.stack(list(wanted.values())), portrait
+
+    def _hear(self, clip: Clip, ticks: Tensor) -> tuple[Tensor, Tensor]:
+        """Short and long windows, cut from the whole video's features as inference does, reading only those around."""
+        with safe_open(clip.features, "pt") as file:
+            features = file.get_slice("features")
+            low = max(0, FEATURES_PER_TICK * int(ticks[0]) - WINDOW_REACH)  # even, so that it is a whole tick
+            high = min(features.get_shape()[0], FEATURES_PER_TICK * int(ticks[-1]) + WINDOW_REACH)
+            near = features[low:high].float()
+        ticks = ticks - low // FEATURES_PER_TICK
+        return short_windows(near, ticks), long_windows(near, ticks)
+
+    def _reader(self, clip: Clip) -> VideoReader:
+        """An open reader from a small store, one store per process: a decoder must not be shared by a fork."""
+        if self._process != os.getpid():
+            self._readers, self._process = OrderedDict(), os.getpid()
+        path = str(clip.path)
+        if path not in self._readers:
+            while len(self._readers) >= OPEN_READERS:
+                self._readers.popitem(last=False)[1].close()
+            self._readers[path] = VideoReader(clip.path)
+        self._readers.move_to_end(path)
+        return self._readers[path]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_readers": OrderedDict()}
+
+
+# -------------------------------------------------------------------------------------------------------------- squares
+
+
+def window_square(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+    """One square x0, y0, x1, y1 that holds the face's whole path, boxes [T, 4], in a picture of that width and height.
+
+    The released crop around the union of the boxes where that holds the path; else a larger one. Lies inside the picture
+    unless the path is longer than the picture's shorter side; then it reaches over the edge, and `cut` repeats the edge.
+    """
+    union = np.clip(union_box(boxes), 0, [width, height, width, height])
+    square = square_crop(union, CROP_EXPAND, width, height)
+    if inside(union[None], square)[0]:
+        return square
+    path = math.ceil(max(union[2:] - union[:2])) + 1  # a pixel more: the corner is rounded
+    side = max(path, min(math.ceil(MASK_GROWTH * path), width, height))
+    return _around(union, side, width, height)
+
+
+def inside(boxes: np.ndarray, square) -> np.ndarray:
+    """Which boxes [T, 4] lie wholly in the square, bool [T]."""
+    return (boxes[:, :2] >= square[:2]).all(axis=1) & (boxes[:, 2:] <= square[2:]).all(axis=1)
+
+
+def _around(box: np.ndarray, side: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """A square of that side centred on the box, moved into the picture where it is not larger than the picture."""
+    corner = []
+    for low, high, limit in ((box[0], box[2], width), (box[1], box[3], height)):
+        start = round(float(low + high) / 2 - side / 2)
+        corner.append(min(max(start, 0), limit - side) if side <= limit else (limit - side) // 2)
+    return corner[0], corner[1], corner[0] + side, corner[1] + side
+
+
+def cut(picture: np.ndarray, square) -> np.ndarray:
+    """The square of a picture [H, W, 3]; what lies over the edge repeats the edge."""
+    height, width = picture.shape[:2]
+    x0, y0, x1, y1 = square
+    part = picture[max(y0, 0) : min(y1, height), max(x0, 0) : min(x1, width)]
+    over = (max(-y0, 0), max(y1 - height, 0), max(-x0, 0), max(x1 - width, 0))
+    return cv2.copyMakeBorder(part, *over, cv2.BORDER_REPLICATE) if any(over) else part

@@ -1,0 +1,420 @@
+"""The training loop, run as a person runs it, at the smallest size."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import ROOT
+from safetensors.torch import load_file
+from torch.utils.data import default_collate
+
+import sonic_training
+from sonic.checkpoints import PARTS, load_base, load_whisper, open_checkpoint
+from sonic.config import Settings, TrainingConfig, UserError
+from sonic.dataset import SonicDataset
+from sonic.media import VideoReader
+from sonic.prepare import hold_out, prepare
+from sonic.training import (
+    Encoders,
+    Log,
+    RunState,
+    SampleNumbers,
+    draw,
+    estimate_memory,
+    optimizer_steps,
+    total_loss,
+    with_model_defaults,
+)
+from sonic.validation import Validation, face_loss
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its state for the process's life; here every run is to be the first."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def flags(tiny, clips, cache, output, **more):
+    """Arguments of a short run."""
+    given = {
+        "model_path": tiny,
+        "data_root": clips,
+        "cache_dir": cache,
+        "output_dir": output,
+        "learning_rate": 1e-3,
+        "max_train_steps": 4,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "validation_steps": 0,
+        "num_workers": 0,
+        **more,
+    }
+    switches = [f"--{name}" for name, value in given.items() if value is True]
+    return switches + [text for name, value in given.items() if value is not True for text in (f"--{name}", str(value))]
+
+
+def losses(output):
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: (row["loss"], row["bucket_loss"], row["grad_norm"]) for row in rows if "loss" in row}
+
+
+def weights(checkpoint):
+    return {
+        f"{part}.{name}": tensor
+        for part in PARTS
+        for name, tensor in load_file(checkpoint / f"{part}.safetensors").items()
+    }
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, clips, cache, tmp_path_factory):
+    """Four steps in one go."""
+    output = tmp_path_factory.mktemp("unbroken")
+    sonic_training.main(flags(tiny, clips, cache, output, lr_scheduler="cosine", lr_warmup_steps=1))
+    return output
+
+
+def test_a_run_leaves_what_it_promises(unbroken, tiny):
+    checkpoint = unbroken / "checkpoint-4"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "sonic.json",
+        "unet.safetensors",
+        "audio2token.safetensors",
+        "audio2bucket.safetensors",
+        "released",
+        "state",
+    }
+    assert not same(weights(checkpoint), weights(tiny))
+    rows = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["loss"] > 0 and row["bucket_loss"] > 0 and row["grad_norm"] > 0 and row["memory_gb"] > 0
+        assert row["clips_per_second"] > 0 and 0 <= row["data_wait"] < 1
+    assert rows[0]["learning_rate"] == pytest.approx(1e-3) and rows[-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
+    settings = open_checkpoint(checkpoint).settings
+    assert settings == Settings(**{**dataclasses.asdict(open_checkpoint(tiny).settings), "shift_offset": 3})
+    released = open_checkpoint(checkpoint / "released", tiny / "base", tiny / "whisper").load()
+    own = open_checkpoint(checkpoint).load()
+    assert same(released.state_dict(), own.state_dict())
+
+
+def test_resumed_equals_unbroken_bit_for_bit(unbroken, tiny, clips, cache, tmp_path):
+    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copy(unbroken / "log.jsonl", tmp_path / "log.jsonl")  # with lines beyond step 2, which must go
+    more = {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "resume_from_checkpoint": "latest"}
+    sonic_training.main(flags(tiny, clips, cache, tmp_path, **more))
+    assert losses(tmp_path) == losses(unbroken)
+    assert same(weights(tmp_path / "checkpoint-4"), weights(unbroken / "checkpoint-4"))
+
+
+def test_workers_do_not_change_the_samples(unbroken, tiny, clips, cache, tmp_path):
+    more = {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "num_workers": 2}
+    sonic_training.main(flags(tiny, clips, cache, tmp_path, **more))
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_killed_and_resumed(tiny, clips, cache, tmp_path):
+    """kill -9 after the first checkpoint; what a killed save leaves behind is not taken for a checkpoint."""
+    arguments = [*flags(tiny, clips, cache, tmp_path, save_steps=1), "--resume_from_checkpoint", "latest"]
+    process = subprocess.Popen([sys.executable, ROOT / "sonic_training.py", *arguments], cwd=tmp_path)
+    until = time.monotonic() + 120
+    while not (tmp_path / "checkpoint-1").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "checkpoint-1").exists()
+    (tmp_path / ".checkpoint-9.partial").mkdir()
+
+    sonic_training.main(arguments)
+    whole = tmp_path / "whole"
+    sonic_training.main(flags(tiny, clips, cache, whole, save_steps=4))
+    assert same(weights(tmp_path / "checkpoint-4"), weights(whole / "checkpoint-4"))
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_validation(tiny, clips, cache, tmp_path, capsys):
+    sonic_training.main(
+        flags(tiny, clips, cache, tmp_path, max_train_steps=2, validation_steps=1, report_to="tensorboard")
+    )
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in measured] == [1, 2]
+    for row in measured:
+        assert set(row) == {
+            "step",
+            "validation_loss",
+            "validation_bucket_loss",
+            "token_spread",
+            "audio_gap_sigma_1",
+            "audio_gap_sigma_3",
+        }
+        assert row["validation_loss"] > 0 and row["token_spread"] > 0
+        assert row["audio_gap_sigma_1"] != 0 and row["audio_gap_sigma_3"] != 0
+    with VideoReader(tmp_path / "validation/step-000002.mp4") as reader:
+        assert (reader.info.width, reader.info.height, reader.info.has_audio) == (128, 64, True)
+        assert reader.num_ticks == 12  # three windows
+    assert list((tmp_path / "sonic").glob("events.*"))
+    assert "audio_gap_sigma_1" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def parts(tiny, clips, cache):
+    """Data, encoders and configuration of a run, without the run."""
+    start = open_checkpoint(tiny)
+    config = with_model_defaults(TrainingConfig(data_root=str(clips)), start.settings)
+    whisper = load_whisper(start.whisper_path)
+    data = prepare(clips, cache, whisper, num_frames=4, frame_step=1, num_workers=0, progress=False)
+    return start, config, data, Encoders(load_base(start.base_model), torch.device("cpu"))
+
+
+def fixed_batch(parts, size=2):
+    _, config, data, encoders = parts
+    dataset = SonicDataset(data.clips, num_frames=4, frame_step=1, resolution=64, clip_size=28, seed=0)
+    clip = encoders(default_collate([dataset[number] for number in range(size)]))
+    return clip, draw(config, list(range(size)), clip.latents.shape[1:])
+
+
+def test_loss_on_a_fixed_batch_falls_under_half(parts):
+    start = parts[0]
+    clip, noise = fixed_batch(parts)
+    batch = clip.with_noise(noise)
+    torch.manual_seed(0)
+    model = start.load().train()
+    model.unet.freeze_unused()
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], 1e-3)
+    history = []
+    for _ in range(40):
+        result = model(batch)
+        optimizer.zero_grad()
+        total_loss(result).backward()
+        optimizer.step()
+        history.append((result.velocity.item(), result.bucket.item()))
+    assert history[-1][0] < history[0][0] / 2
+    assert history[-1][1] < history[0][1] / 2
+
+
+def test_latents_are_the_vaes_mode(parts):
+    encoders = parts[-1]
+    clip, _ = fixed_batch(parts)
+    assert clip.latents.shape == (2, 4, 4, 8, 8)
+    dataset = SonicDataset(parts[2].clips, num_frames=4, frame_step=1, resolution=64, clip_size=28, seed=0)
+    sample = dataset[1]
+    with torch.no_grad():
+        mode = encoders.vae.encode(sample["frames"]).latent_dist.mode()
+        reference = encoders.vae.encode(sample["reference"][None]).latent_dist.mode()
+    assert torch.allclose(clip.latents[1], mode * 0.18215, atol=1e-5)
+    assert torch.allclose(clip.portrait.latent[1], reference[0], atol=1e-5)  # not scaled
+
+
+def test_gap_compares_with_another_clips_audio(parts):
+    start, config, data, encoders = parts
+    _, held_out = hold_out(data.clips)
+    validation = Validation(held_out, config, start.settings, encoders)
+    assert len(set(validation.names)) == len(held_out) == 3
+    model = start.load().eval()
+    values = validation.measure(model)
+    assert values == validation.measure(model)  # the same noise every time
+    with torch.no_grad():
+        model.audio2token.proj1.weight.zero_()  # deaf
+    assert validation.measure(model)["audio_gap_sigma_1"] == 0
+    assert validation.measure(model)["token_spread"] == pytest.approx(0, abs=1e-6)
+    assert Validation(held_out[:1], config, start.settings, encoders).measure(model)["audio_gap_sigma_1"] is None
+
+
+def test_face_loss_looks_inside_the_face_only():
+    loss = torch.ones(1, 2, 8, 8)
+    loss[:, :, 4:, :] = 5
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[:, :, :32] = 1
+    assert face_loss(loss, mask).item() == pytest.approx(1)
+    assert face_loss(loss, 1 - mask).item() == pytest.approx(5)
+
+
+def test_draws_depend_on_seed_and_number_only():
+    config = TrainingConfig(data_root="x", seed=3)
+    pair, single = draw(config, [7, 9], (2, 4, 8, 8)), draw(config, [9], (2, 4, 8, 8))
+    assert torch.equal(pair.noise[1], single.noise[0]) and pair.sigma[1] == single.sigma[0]
+    other = draw(dataclasses.replace(config, seed=4), [9], (2, 4, 8, 8))
+    assert not torch.equal(other.noise, single.noise)
+    zero = draw(dataclasses.replace(config, seed=0), [9], (2, 4, 8, 8))
+    assert not torch.equal(zero.noise, single.noise)
+
+
+def test_dropout_shares_are_exclusive():
+    config = TrainingConfig(data_root="x", audio_drop_prob=0.1, image_drop_prob=0.2, both_drop_prob=0.3)
+    drawn = draw(config, list(range(3000)), (1,))
+    audio, image = drawn.keep_audio.bool(), drawn.keep_image.bool()
+    share = {
+        "audio": (~audio & image).float().mean().item(),
+        "image": (audio & ~image).float().mean().item(),
+        "both": (~audio & ~image).float().mean().item(),
+    }
+    assert share == pytest.approx({"audio": 0.1, "image": 0.2, "both": 0.3}, abs=0.03)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_sample_numbers_do_not_depend_on_processes(world):
+    """Every process takes its own share; together they see each number once, in order, from where the run goes on."""
+    steps = [list(zip(*(SampleNumbers(2, 3, 6, rank, world) for rank in range(world)), strict=True))]
+    together = [number for step in steps[0] for part in step for number in part]
+    assert together == list(range(3 * 2 * world, 6 * 2 * world))
+
+
+def test_steps_of_an_epoch():
+    config = TrainingConfig(data_root="x", train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=5)
+    assert optimizer_steps(config, clips=25, world=2) == (3, 15)
+    assert optimizer_steps(dataclasses.replace(config, max_train_steps=7), clips=25, world=2) == (3, 7)
+
+
+def test_run_state_survives_with_its_sums():
+    state = RunState(step=5)
+    state.add(loss=1.0)
+    state.add(loss=2.0)
+    copy = RunState()
+    copy.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    copy.add(loss=6.0)
+    assert copy.step == 5 and copy.means() == {"loss": 3.0}
+    copy.add(loss=4.0)
+    assert copy.means() == {"loss": 4.0}
+
+
+def test_log_drops_what_lies_ahead_and_what_was_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lo')
+    Log(path, 2).write(3, {"loss": 1.5})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.5}\n'
+
+
+def test_memory_estimate_follows_the_flags(tiny):
+    architecture = open_checkpoint(tiny).architecture
+    config = with_model_defaults(TrainingConfig(data_root="x"), open_checkpoint(tiny).settings)
+    plain, counts = estimate_memory(architecture, config, 1000)
+    parameters = sum(value.numel() for value in open_checkpoint(tiny).load().parameters())
+    assert counts["all"] == parameters and counts["trainable"] < parameters
+    assert plain["weights"] == pytest.approx(4e-9 * parameters)
+    twice, _ = estimate_memory(architecture, dataclasses.replace(config, train_batch_size=2), 1000)
+    assert twice["activations"] == pytest.approx(2 * plain["activations"], rel=0.1)
+    leaner, _ = estimate_memory(architecture, dataclasses.replace(config, gradient_checkpointing=True), 1000)
+    assert leaner["activations"] < 0.8 * plain["activations"]
+    half, _ = estimate_memory(architecture, dataclasses.replace(config, mixed_precision="bf16"), 1000)
+    assert half["activations"] < 0.8 * plain["activations"]
+
+
+def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):
+    output = tmp_path / "output"
+    sonic_training.main(flags(tiny, clips, cache, output, dry_run=True))
+    printed = capsys.readouterr().out
+    assert "3 video files" in printed and '"learning_rate": 0.001' in printed and "activations" in printed
+    assert '"num_frames": 4' in printed  # the model's own
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("switch", ["gradient_checkpointing", "bf16"])
+def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
+    more = {
+        "gradient_checkpointing": {"gradient_checkpointing": True},
+        "bf16": {"mixed_precision": "bf16"},
+    }[switch]
+    sonic_training.main(flags(tiny, clips, cache, tmp_path, max_train_steps=1, save_steps=1, **more))
+    found, expected = losses(tmp_path)[1], losses(unbroken)[1]
+    if switch == "gradient_checkpointing":
+        assert found == pytest.approx(expected, rel=1e-4)
+    else:
+        assert found == pytest.approx(expected, rel=0.1) and found != expected
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_accumulation_equals_a_larger_batch(tiny, clips, cache, tmp_path):
+    for name, more in (("one", {"gradient_accumulation_steps": 2}), ("two", {"train_batch_size": 2})):
+        sonic_training.main(flags(tiny, clips, cache, tmp_path / name, max_train_steps=2, **more))
+    assert losses(tmp_path / "one").keys() == losses(tmp_path / "two").keys()
+    for step, expected in losses(tmp_path / "two").items():
+        assert losses(tmp_path / "one")[step] == pytest.approx(expected, rel=1e-3)
+
+
+OWN = """
+import numpy as np, torch
+
+class Energy:
+    name, layers, width = "energy", 1, 2
+
+    def __call__(self, speech):
+        ticks = len(speech) // 640
+        steps = torch.from_numpy(speech[: ticks * 640]).reshape(2 * ticks, 320)
+        return torch.stack([steps.square().mean(1), steps.abs().mean(1)], 1)[:, None]
+"""
+
+
+def test_training_on_own_audio_features(tiny, clips, cache, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    spec = f"{tmp_path}/own.py:Energy"
+    base = {"model_path": tiny / "base", "audio_extractor": spec, "num_frames": 4, "frame_step": 1, "resolution": 64}
+    sonic_training.main(flags(tiny, clips, cache, tmp_path / "out", max_train_steps=1, save_steps=1, **base))
+    checkpoint = tmp_path / "out/checkpoint-1"
+    architecture = open_checkpoint(checkpoint, extractor=sonic_training.load_extractor(spec)).architecture
+    assert (architecture.audio_name, architecture.audio_layers, architecture.audio_width) == ("energy", 1, 2)
+    with pytest.raises(UserError, match="trained on audio features 'energy'"):
+        open_checkpoint(checkpoint, whisper_path=tiny / "whisper")
+
+
+def run_script(*arguments):
+    command = [sys.executable, ROOT / "sonic_training.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mixed_precision": "fp16"}, "fp16 needs a CUDA GPU: use --mixed_precision bf16"),
+        ({"data_root": "EMPTY"}, "EMPTY"),
+        ({"data_root": "/nowhere"}, "/nowhere"),
+        ({"model_path": "/nowhere"}, "/nowhere' does not exist"),
+        ({"model_path": "checkpoints/whisper-tiny"}, "hf download openai/whisper-tiny"),
+        ({"learning_rate": "-1"}, "--learning_rate: must be a number above 0"),
+        ({"num_workers": "-1"}, "--num_workers: must be a whole number at least 0"),
+        ({"train_batch_size": "1.5"}, "--train_batch_size: must be a whole number"),
+        ({"resolution": 100}, "multiple of 64"),
+        ({"report_to": "mail"}, "--report_to: must be one of none, wandb, tensorboard"),
+        ({"lr_scheduler": "fast"}, "--lr_scheduler: must be one of"),
+        ({"audio_drop_prob": "0.9", "both_drop_prob": "0.9"}, "must add up to 1 at most"),
+        ({"resume_from_checkpoint": "/nowhere"}, "/nowhere"),
+        ({"speed": "9"}, "unrecognized arguments: --speed"),
+        ({"output_dir": "FILE/inside"}, "cannot write to output folder"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tiny, clips, cache, tmp_path, change, words, capsys):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("")
+    change = {
+        name: str(value).replace("EMPTY", f"{tmp_path}/EMPTY").replace("FILE", f"{tmp_path}/FILE")
+        for name, value in change.items()
+    }
+    arguments = flags(tiny, clips, cache, tmp_path / "output", **change)
+    with pytest.raises(SystemExit) as stopped:
+        sonic_training.run(lambda: sonic_training.main(arguments))
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in printed and "Traceback" not in printed
+    assert not list((tmp_path / "output").glob("checkpoint-*"))
+
+
+def test_the_script_itself_exits_with_2(tmp_path):
+    finished = run_script("--data_root", tmp_path, "--model_path", "/nowhere", "--output_dir", tmp_path / "out")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: checkpoint folder '/nowhere' does not exist")
+    assert len(finished.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
