@@ -1,6 +1,6 @@
 """Builds the small model from nothing into checkpoints/sonic-mini: base model, Whisper and Sonic with random weights.
 
-    python scripts/build_mini.py [--output DIR] [--seed N]
+python scripts/build_mini.py [--output DIR] [--seed N]
 """
 
 from __future__ import annotations
