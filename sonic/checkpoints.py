@@ -14,6 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -290,16 +291,17 @@ def open_checkpoint(
     Without `extractor`, the features are those of the checkpoint's Whisper. Raises UserError for what is missing.
     """
     folder = locate(folder, "checkpoint")
-    whisper = None if extractor else whisper_folder(folder, whisper_path)
     if (folder / INDEX).is_file():
-        return _open_own(folder, base_model, whisper, extractor)
-    if any((folder / f"{part}.pth").is_file() for part in PARTS):
-        return _open_released(folder, base_model, whisper, extractor)
-    if (folder / "unet").is_dir():
-        return _open_base(folder, whisper, extractor)
-    raise UserError(
-        f"'{folder}' is no checkpoint: it has neither {INDEX} nor unet.pth nor a unet/ folder{_how_to_get(folder)}"
-    )
+        opener = partial(_open_own, base_model=base_model)
+    elif any((folder / f"{part}.pth").is_file() for part in PARTS):
+        opener = partial(_open_released, base_model=base_model)
+    elif (folder / "unet").is_dir():
+        opener = _open_base
+    else:
+        what = f"it has neither {INDEX} nor unet.pth nor a unet/ folder"
+        raise UserError(f"'{folder}' is no checkpoint: {what}{_how_to_get(folder)}")
+    whisper = None if extractor else whisper_folder(folder, whisper_path)
+    return opener(folder, whisper, extractor)
 
 
 def whisper_folder(checkpoint: str | Path, whisper_path: str | Path | None = None) -> Path:
@@ -315,7 +317,7 @@ def _beside(folder: Path, path: str | Path, what: str) -> Path:
     return folder / path if (folder / path).is_dir() else locate(path, what)
 
 
-def _open_own(folder: Path, base_model, whisper: Path | None, extractor: AudioExtractor | None) -> Checkpoint:
+def _open_own(folder: Path, whisper: Path | None, extractor: AudioExtractor | None, base_model) -> Checkpoint:
     index = read_json(folder / INDEX)
     if index.get("format") != FORMAT:
         raise UserError(f"'{folder / INDEX}' has format {index.get('format')!r}, this version reads {FORMAT}")
@@ -333,7 +335,7 @@ def _open_own(folder: Path, base_model, whisper: Path | None, extractor: AudioEx
     return Checkpoint(architecture, settings, {part: folder / f"{part}.safetensors" for part in PARTS}, base, whisper)
 
 
-def _open_released(folder: Path, base_model, whisper: Path | None, extractor: AudioExtractor | None) -> Checkpoint:
+def _open_released(folder: Path, whisper: Path | None, extractor: AudioExtractor | None, base_model) -> Checkpoint:
     base = locate(base_model or BASE_MODEL, "base model")
     paths = {part: folder / f"{part}.pth" for part in PARTS}
     token, bucket = read_tensors(paths["audio2token"]), read_tensors(paths["audio2bucket"])
@@ -423,25 +425,25 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lamb
     A folder that already has that name is replaced. Of several processes that fill it together, one is `main`, and `wait`
     is their barrier.
     """
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    unfinished, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
         if main:
-            _remove(partial, old)
-            partial.mkdir(parents=True)
+            _remove(unfinished, old)
+            unfinished.mkdir(parents=True)
         wait()
-        yield partial
+        yield unfinished
         wait()
         if main:
-            for file in [*partial.rglob("*"), partial]:
+            for file in [*unfinished.rglob("*"), unfinished]:
                 _flush(file)
             if path.exists():
                 path.rename(old)
-            partial.rename(path)
+            unfinished.rename(path)
             _flush(path.parent)
         wait()
     finally:
         if main:
-            _remove(partial, old)
+            _remove(unfinished, old)
 
 
 def _remove(*folders: Path) -> None:

@@ -173,6 +173,7 @@ PRESETS = {
 DEVICE = one_of("auto", "cpu", "cuda", "mps")
 DTYPE = one_of("auto", "fp32", "fp16", "bf16")
 WHOLE, POSITIVE = number(int, low=0), number(int, low=1)
+SEED = number(int, low=0, high=2**53 - 1)  # what torch takes and a web page can hold
 SCALE, BUCKET = number(float, low=0), number(float, low=0, high=127)
 
 
@@ -214,7 +215,7 @@ class SonicConfig(Checked):
     crop: float | None = flag(
         None, "cut a square around the face, grown by this share of it on each side (released: 0.5)", SCALE
     )
-    seed: int = flag(42, "the same seed on the same machine gives the same file", WHOLE)
+    seed: int = flag(42, "the same seed on the same machine gives the same file", SEED)
 
 
 TRACKERS = ("none", "wandb", "tensorboard")
@@ -272,7 +273,7 @@ class TrainingConfig(Checked):
     save_steps: int = flag(500, "optimizer steps between checkpoints", POSITIVE)
     logging_steps: int = flag(10, "optimizer steps between log lines", POSITIVE)
     validation_steps: int = flag(500, "optimizer steps between validations; 0 turns them off", WHOLE)
-    seed: int = flag(42, "seed of everything random", WHOLE)
+    seed: int = flag(42, "seed of everything random", SEED)
     resume_from_checkpoint: str | None = flag(
         None, "a checkpoint folder of an earlier run, or 'latest' in --output_dir"
     )

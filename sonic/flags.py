@@ -25,7 +25,7 @@ def number(kind: type, low: float | None = None, high: float | None = None, abov
         try:
             result = kind(value)
             fits = result == float(value)  # 2.5 is no whole number; nan equals nothing
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             fits = False
         if not fits or (low is not None and result < low) or (high is not None and result > high):
             raise ValueError(f"must be {wanted}, not {value!r}")

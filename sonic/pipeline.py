@@ -93,8 +93,8 @@ def as_image(image: ImageLike) -> Image.Image:
         if image.ndim == 2 or image.shape[2] == 1:
             image = Image.fromarray(image.reshape(image.shape[:2]))
         else:
-            mode, order = (("RGB", cv2.COLOR_BGR2RGB), ("RGBA", cv2.COLOR_BGRA2RGBA))[image.shape[2] == 4]
-            image = Image.fromarray(cv2.cvtColor(image, order), mode)
+            order = cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGB
+            image = Image.fromarray(cv2.cvtColor(image, order))
     elif not isinstance(image, Image.Image):
         raise UserError(f"the portrait must be a path, a PIL image or an array, not {type(image).__name__}")
     return media.to_rgb(image, "the portrait")
