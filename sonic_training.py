@@ -160,18 +160,22 @@ def main(arguments: list[str] | None = None) -> None:
         with atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder:
             save_training_checkpoint(folder, accelerator, model, start)
 
-    def validate() -> None:
+    def validate(video: bool) -> None:
         plain = accelerator.unwrap_model(model)
         plain.eval()
         with accelerator.autocast():
             values = validation.measure(plain)
-            animator = Animator(plain, base, accelerator.device)
-            path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
-            validation.video(animator, path if accelerator.is_main_process else None, accelerator.trackers, state.step)
+            if video:
+                path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
+                path = path if accelerator.is_main_process else None
+                validation.video(Animator(plain, base, accelerator.device), path, accelerator.trackers, state.step)
         plain.train()
         report(values)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         accelerator.print(f"step {state.step}: {shown}")
+
+    if validation and state.step == 0:
+        validate(video=False)  # where it starts from; without it the first fall would not be seen
 
     # The loop. A step is: encode with the frozen models, draw noise by sample number, one loss, one AdamW update.
     bar = tqdm(
@@ -214,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
             report(values)
             bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.1e}")
         if validation and (state.step % config.validation_steps == 0 or state.step == total_steps):
-            validate()
+            validate(video=True)
         if state.step % config.save_steps == 0 or state.step == total_steps:
             save()
         clock = time.perf_counter()

@@ -21,10 +21,10 @@ PORTRAIT = EXAMPLES / "portrait.jpg"
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """Half a second of the example speech."""
+    """A third of a second of the example speech: 8 ticks, two windows."""
     path = tmp_path_factory.mktemp("speech") / "voice.wav"
     samples, rate = soundfile.read(EXAMPLES / "audio.wav")
-    soundfile.write(path, samples[8000:16000], rate)
+    soundfile.write(path, samples[8000 : 8000 + 8 * 640], rate)
     return path
 
 
@@ -52,8 +52,8 @@ def test_command_as_written(tiny, speech, tmp_path, capsys):
     with VideoReader(output) as reader:
         info = reader.info
         assert (info.width, info.height, info.fps, info.has_audio, info.codec) == (64, 64, 25, True, "h264")
-        assert reader.num_ticks == 12
-    assert len(load_audio(output)) / 16000 == pytest.approx(12 / 25, abs=0.04)
+        assert reader.num_ticks == 8
+    assert len(load_audio(output)) / 16000 == pytest.approx(8 / 25, abs=0.04)
     assert [path.name for path in output.parent.iterdir()] == ["output.mp4"]
 
 
@@ -63,8 +63,7 @@ def test_seeds(tiny, speech, tmp_path):
         return (tmp_path / name).read_bytes()
 
     assert made("a.mp4", "--seed", 0) == made("b.mp4", "--seed", 0)
-    assert made("c.mp4", "--seed", 1) != made("a.mp4", "--seed", 0)
-    assert made("d.mp4") == made("e.mp4", "--seed", 42)
+    assert made("c.mp4") != made("d.mp4", "--seed", 0)  # 0 is a seed, and not the default one
 
 
 FLAGS = {
@@ -84,14 +83,22 @@ FLAGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain(pipeline, speech):
+    """What the model makes without any setting."""
+    return pipeline.generate(PORTRAIT, pipeline.extract_audio_features(speech))
+
+
 @pytest.mark.parametrize("name", FLAGS)
-def test_every_setting_has_an_effect(pipeline, speech, name):
-    features = pipeline.extract_audio_features(speech)
-    plain = pipeline.generate(PORTRAIT, features)
-    other = pipeline.generate(PORTRAIT, features, **{name: FLAGS[name]})
+def test_every_setting_has_an_effect(pipeline, speech, plain, name):
+    other = pipeline.generate(PORTRAIT, pipeline.extract_audio_features(speech), **{name: FLAGS[name]})
     assert other.frames.shape != plain.frames.shape or not np.array_equal(other.frames, plain.frames)
-    again = pipeline.generate(PORTRAIT, features)
-    assert np.array_equal(again.frames, plain.frames)  # one call does not change the next
+
+
+def test_one_call_does_not_change_the_next(pipeline, speech, plain):
+    features = pipeline.extract_audio_features(speech)
+    pipeline.generate(PORTRAIT, features, **FLAGS)
+    assert np.array_equal(pipeline.generate(PORTRAIT, features).frames, plain.frames)
 
 
 def test_face_box_and_crop_change_the_picture(tiny, speech, tmp_path):
@@ -117,7 +124,7 @@ def test_snippet_as_written(config, speech, tmp_path):
     pipeline.save_video(video, tmp_path / "same.mp4")
     assert (tmp_path / "output.mp4").read_bytes() == (tmp_path / "same.mp4").read_bytes()
     # the same picture from a file, from PIL and from cv2 is the same portrait
-    for same in (PORTRAIT, Image.open(PORTRAIT), Image.open(PORTRAIT).convert("RGBA")):
+    for same in (PORTRAIT, Image.open(PORTRAIT).convert("RGBA")):
         other = pipeline.generate(same, audio_features, 8, {"translation": 64, "expression": 96})
         assert np.array_equal(other.frames, video.frames)
 
@@ -131,7 +138,7 @@ def test_generate_video(pipeline, speech, tmp_path):
         on_progress=lambda done, total: calls.append((done, total)),
     )
     assert made.stat().st_size > 1000
-    assert calls == [(done, 6) for done in range(1, 7)]  # 12 frames are 3 windows, 2 steps
+    assert calls == [(done, 4) for done in range(1, 5)]  # 8 frames are 2 windows, 2 steps
 
 
 def test_buckets_by_hand_are_scaled(pipeline, speech):
@@ -181,8 +188,8 @@ def test_own_audio_features(tiny, speech, tmp_path):
     own = sonic_training.load_extractor(spec)
     pipeline = SonicPipeline(SonicConfig(checkpoint=str(checkpoint), num_inference_steps=1), audio_extractor=own)
     features = extract_audio_features(speech, extractor=own)
-    assert features.features.shape == (24, 1, 14)
-    assert pipeline.generate(PORTRAIT, features).frames.shape == (12, 64, 64, 3)
+    assert features.features.shape == (16, 1, 14)
+    assert pipeline.generate(PORTRAIT, features).frames.shape == (8, 64, 64, 3)
 
 
 # ---------------------------------------------------------------------------------------------- batches

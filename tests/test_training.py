@@ -152,7 +152,7 @@ def test_validation(tiny, clips, cache, tmp_path, capsys):
     )
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     measured = [row for row in rows if "validation_loss" in row]
-    assert [row["step"] for row in measured] == [1, 2]
+    assert [row["step"] for row in measured] == [0, 1, 2]
     for row in measured:
         assert set(row) == {
             "step",
@@ -167,6 +167,8 @@ def test_validation(tiny, clips, cache, tmp_path, capsys):
     with VideoReader(tmp_path / "validation/step-000002.mp4") as reader:
         assert (reader.info.width, reader.info.height, reader.info.has_audio) == (128, 64, True)
         assert reader.num_ticks == 12  # three windows
+    videos = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert videos == ["step-000001.mp4", "step-000002.mp4"]
     assert list((tmp_path / "sonic").glob("events.*"))
     assert "audio_gap_sigma_1" in capsys.readouterr().out
 
