@@ -177,6 +177,14 @@ SEED = number(int, low=0, high=2**53 - 1)  # what torch takes and a web page can
 SCALE, BUCKET = number(float, low=0), number(float, low=0, high=127)
 
 
+NO_CROP = "none"
+
+
+def _crop(value):
+    """A margin in face sizes, or the word that takes the whole picture."""
+    return value if value == NO_CROP else SCALE(value)
+
+
 @dataclass(frozen=True)
 class SonicConfig(Checked):
     """Which model animates, and how. What is None comes from the checkpoint's own settings."""
@@ -212,8 +220,8 @@ class SonicConfig(Checked):
         None, "short side of the video in pixels, rounded to a multiple of 64", number(int, low=64)
     )
     frame_step: int | None = flag(None, "1 makes 25 frames per second, 2 makes 12.5", number(int, low=1, high=5))
-    crop: float | None = flag(
-        None, "cut a square around the face, grown by this share of it on each side (released: 0.5)", SCALE
+    crop: float | str | None = flag(
+        None, "cut a square around the face, grown by this share of it on each side (released: 0.5), or none", _crop
     )
     seed: int = flag(42, "the same seed on the same machine gives the same file", SEED)
 

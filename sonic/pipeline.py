@@ -28,7 +28,7 @@ from sonic.audio import (
     short_windows,
 )
 from sonic.checkpoints import BaseModels, load_base, load_whisper, open_checkpoint, whisper_folder
-from sonic.config import TICK_RATE, Settings, SonicConfig, UserError
+from sonic.config import NO_CROP, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
 from sonic.motion import MOTION_SCALES
 from sonic.portrait import PortraitPixels, prepare_portrait
@@ -291,12 +291,15 @@ class SonicPipeline:
         config = self._config(overrides, motion_buckets)
         settings = self._settings(config)
         features = self._checked(audio_features)
+        if num_frames is not None and num_frames < 1:
+            raise UserError(f"num_frames must be at least 1, not {num_frames}")
         portrait = prepare_portrait(
             as_image(reference_image),
             settings.resolution,
             face_box,
             settings.crop,
             self.animator.image_encoder.config.image_size,
+            where=str(reference_image) if isinstance(reference_image, str | Path) else "the portrait",
         )
         ticks = frame_ticks(features, settings.frame_step)[:num_frames]
         if len(ticks) == 0:
@@ -319,9 +322,9 @@ class SonicPipeline:
         self, image_path: ImageLike, audio_path: str | Path, output_path: str | Path, **arguments
     ) -> Path:
         """From files to a file; `arguments` are those of `generate`. Returns the output's path."""
-        image = as_image(image_path)
+        as_image(image_path)  # a broken picture is refused before the speech is listened to
         features = self.extract_audio_features(audio_path)
-        save_video(self.generate(image, features, **arguments), output_path)
+        save_video(self.generate(image_path, features, **arguments), output_path)
         return Path(output_path)
 
     def audio_tokens(self, features: Tensor, ticks: Tensor) -> Tensor:
@@ -362,6 +365,8 @@ class SonicPipeline:
         """The checkpoint's settings, with what the configuration says otherwise."""
         names = [field.name for field in dataclasses.fields(Settings) if hasattr(config, field.name)]
         said = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        if said.get("crop") == NO_CROP:
+            said["crop"] = None
         settings = dataclasses.replace(self.settings, **said)
         if settings.overlap >= settings.num_frames:
             raise UserError(f"overlap {settings.overlap} must be below the window of {settings.num_frames} frames")

@@ -103,7 +103,7 @@ def test_one_call_does_not_change_the_next(pipeline, speech, plain):
 
 def test_face_box_and_crop_change_the_picture(tiny, speech, tmp_path):
     files = []
-    for number, more in enumerate(([], ["--face_box", "full"], ["--face_box", "200,200,300,330"], ["--crop", "1.0"])):
+    for number, more in enumerate(([], ["--face_box", "200,200,300,330"], ["--crop", "1.0"], ["--crop", "none"])):
         files.append(tmp_path / f"{number}.mp4")
         assert demo(tiny, "--image", PORTRAIT, "--audio", speech, "--output", files[-1], *more) == 0
     assert len({file.read_bytes() for file in files}) == len(files)
@@ -272,7 +272,8 @@ def broken(tmp_path_factory):
         ({"audio": "faceless.png"}, "faceless.png"),
         ({"image": "small.png"}, "63 x 200 pixels: give at least 64"),
         ({"audio": "short.wav"}, "0.2 s"),
-        ({"image": "faceless.png"}, "no face was found"),
+        ({"image": "faceless.png"}, "no face was found in faceless.png"),
+        ({"crop": "some"}, "--crop: must be a number at least 0"),
         ({"image": "nothing"}, "holds no image files"),
         ({"output": "video.avi"}, "must end in .mp4"),
         ({"output": "file/video.mp4"}, "file"),
@@ -355,6 +356,7 @@ def test_api_refuses_what_makes_no_sense(pipeline, speech):
         ({"motion_buckets": {"nod": 3}}, "motion bucket 'nod' is unknown"),
         ({"motion_buckets": {"translation": 300}}, "translation_bucket must be a number at least 0 and at most 127"),
         ({"seed": -1}, "seed must be"),
+        ({"num_frames": 0}, "num_frames must be at least 1"),
     ):
         with pytest.raises(UserError, match=words):
             pipeline.generate(PORTRAIT, features, **change)
