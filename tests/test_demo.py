@@ -103,7 +103,7 @@ def test_one_call_does_not_change_the_next(pipeline, speech, plain):
 
 def test_face_box_and_crop_change_the_picture(tiny, speech, tmp_path):
     files = []
-    for number, more in enumerate(([], ["--face_box", "200,200,300,330"], ["--crop", "1.0"], ["--crop", "none"])):
+    for number, more in enumerate(([], ["--face_box", "200,200,300,330"], ["--crop", "0.1"], ["--crop", "none"])):
         files.append(tmp_path / f"{number}.mp4")
         assert demo(tiny, "--image", PORTRAIT, "--audio", speech, "--output", files[-1], *more) == 0
     assert len({file.read_bytes() for file in files}) == len(files)
