@@ -61,10 +61,15 @@ def main(arguments: list[str] | None = None) -> int:
     jobs, batch = plan(flags)
 
     # Late, so that wrong flags are answered at once.
+    from sonic import media
     from sonic.pipeline import SonicPipeline
-    from sonic.portrait import parse_face_box
+    from sonic.portrait import find_face, parse_face_box
 
     face_box = parse_face_box(flags.face_box)
+    if not batch:  # a batch names what is wrong clip by clip; a single clip before the models are loaded
+        image = media.load_image(jobs[0].image)
+        media.load_audio(jobs[0].audio)
+        face_box = face_box or find_face(image, str(jobs[0].image))
     pipeline = SonicPipeline(config)
     if not batch:
         print(pipeline.generate_video(jobs[0].image, jobs[0].audio, jobs[0].output, face_box=face_box))
@@ -113,7 +118,7 @@ def plan(flags: Namespace) -> tuple[list[Job], bool]:
 
 
 def _files(given: list[str], suffixes: tuple[str, ...], what: str) -> list[Path]:
-    """The files meant: each one named, and those of a folder with such an ending."""
+    """The files meant: each one named, whether it exists or not, and those of a folder with such an ending."""
     files = []
     for path in map(Path, given):
         if path.is_dir():
@@ -121,10 +126,8 @@ def _files(given: list[str], suffixes: tuple[str, ...], what: str) -> list[Path]
             if not inside:
                 raise UserError(f"folder '{path}' holds no {what} files ({', '.join(suffixes)})")
             files += inside
-        elif path.exists():
-            files.append(path)
         else:
-            raise UserError(f"{what} '{path}' does not exist")
+            files.append(path)
     return files
 
 
@@ -142,7 +145,6 @@ def _from_csv(path: Path, flags: Namespace) -> list[Job]:
         if not row["image"] or not row["audio"]:
             raise UserError(f"'{path}' line {line} has no image or no audio")
     folder = path.parent
-    # Missing files are not refused here: they fail as one clip of the batch.
     triples = [(folder / row["image"], folder / row["audio"], row.get("output")) for row in rows]
     return _named(triples, Path(flags.output))
 

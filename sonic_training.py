@@ -163,12 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     def validate(video: bool) -> None:
         plain = accelerator.unwrap_model(model)
         plain.eval()
-        with accelerator.autocast():
-            values = validation.measure(plain)
-            if video:
-                path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
-                path = path if accelerator.is_main_process else None
-                validation.video(Animator(plain, base, accelerator.device), path, accelerator.trackers, state.step)
+        values = validation.measure(plain)
+        if video:
+            path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
+            path = path if accelerator.is_main_process else None
+            animator = Animator(plain, base, accelerator.device, accelerator.autocast)
+            validation.video(animator, path, accelerator.trackers, state.step)
         plain.train()
         report(values)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)

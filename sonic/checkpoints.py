@@ -39,7 +39,7 @@ PARTS = ("unet", "audio2token", "audio2bucket")
 DOWNLOADS = {
     BASE_MODEL: f"hf download stabilityai/stable-video-diffusion-img2vid-xt --local-dir {BASE_MODEL}",
     WHISPER: f"hf download openai/whisper-tiny --local-dir {WHISPER}",
-    RELEASED: f"hf download LeonJoe13/Sonic --local-dir {CHECKPOINTS}",
+    RELEASED: f"hf download LeonJoe13/Sonic --include 'Sonic/*' --local-dir {CHECKPOINTS}",
     SHIPPED: "bash scripts/quickstart.sh",
 }
 ROOT = (
@@ -301,7 +301,19 @@ def open_checkpoint(
         what = f"it has neither {INDEX} nor unet.pth nor a unet/ folder"
         raise UserError(f"'{folder}' is no checkpoint: {what}{_how_to_get(folder)}")
     whisper = None if extractor else whisper_folder(folder, whisper_path)
-    return opener(folder, whisper, extractor)
+    checkpoint = opener(folder, whisper, extractor)
+    _check_features(checkpoint, folder, extractor or _WhisperSize.of(whisper))
+    return checkpoint
+
+
+def _check_features(checkpoint: Checkpoint, folder: Path, audio: AudioExtractor | _WhisperSize) -> None:
+    architecture = checkpoint.architecture
+    expected, found = (architecture.audio_layers, architecture.audio_width), (audio.layers, audio.width)
+    if expected != found:
+        raise UserError(
+            f"'{folder}' reads audio features of {expected[0]} layers and width {expected[1]}, but '{audio.name}' "
+            f"({checkpoint.whisper_path or 'your extractor'}) gives {found[0]} layers and width {found[1]}"
+        )
 
 
 def whisper_folder(checkpoint: str | Path, whisper_path: str | Path | None = None) -> Path:

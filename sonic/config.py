@@ -35,8 +35,8 @@ class Settings:
     )
     overlap: int = 0  # frames that neighbouring windows share
     num_inference_steps: int = 25
-    guidance_scale_image: float = 2.0
-    guidance_scale_audio: float = 7.5
+    guidance_scale_image: float | tuple[float, float] = 2.0  # a pair goes linearly from its first to its second
+    guidance_scale_audio: float | tuple[float, float] = 7.5
     decode_chunk_size: int = 8  # frames that the VAE decodes at once
     crop: float | None = None  # margin of the square cut around the face, in face sizes; None takes the whole picture
 
@@ -177,6 +177,17 @@ SEED = number(int, low=0, high=2**53 - 1)  # what torch takes and a web page can
 SCALE, BUCKET = number(float, low=0), number(float, low=0, high=127)
 
 
+def _guidance(value):
+    """A scale, or the first and the last of one that goes linearly over the steps: `2.0`, `1.0,3.0`, or a pair."""
+    ends = value.split(",") if isinstance(value, str) else value
+    if not isinstance(ends, list | tuple):
+        return SCALE(value)
+    if len(ends) > 2:
+        raise ValueError(f"must be one number or two, FIRST,LAST, not {value!r}")
+    ends = tuple(SCALE(end) for end in ends)
+    return ends if len(ends) == 2 else ends[0]
+
+
 NO_CROP = "none"
 
 
@@ -209,8 +220,12 @@ class SonicConfig(Checked):
     expression_bucket: float | None = flag(
         None, "expression, 0 to 127 (default: predicted from portrait and speech)", BUCKET
     )
-    guidance_scale_image: float | None = flag(None, "image guidance (released weights: 2.0)", SCALE)
-    guidance_scale_audio: float | None = flag(None, "audio guidance (released weights: 7.5)", SCALE)
+    guidance_scale_image: float | tuple[float, float] | None = flag(
+        None, "image guidance (released weights: 2.0), or FIRST,LAST to go linearly over the steps", _guidance
+    )
+    guidance_scale_audio: float | tuple[float, float] | None = flag(
+        None, "audio guidance (released weights: 7.5), or FIRST,LAST to go linearly over the steps", _guidance
+    )
     shift_offset: int | None = flag(
         None, "frames that the windows move per denoising step; 0 turns shift fusion off", WHOLE
     )
@@ -270,7 +285,7 @@ class TrainingConfig(Checked):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 clips nothing", SCALE)
     mixed_precision: str = flag("no", "no, fp16 or bf16; weights stay in fp32", one_of("no", "fp16", "bf16"))
     gradient_checkpointing: bool = flag(
-        False, "recompute activations in the backward pass: less memory, about a third more time"
+        False, "compute activations again in the backward pass: much less memory, more time"
     )
 
     audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE)

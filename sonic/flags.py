@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
             if field.default is False:
                 self.add_argument(name, action="store_true", help=help)
                 continue
-            if field.default is not dataclasses.MISSING and field.default is not None:
+            if field.default not in (dataclasses.MISSING, None, ""):
                 help += f" (default: {field.default})"
             required = field.default is dataclasses.MISSING
             default = None if required else field.default

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -148,9 +149,15 @@ def as_ramp(scale: float | tuple[float, float]) -> tuple[float, float]:
 class Animator:
     """The models of a pipeline and what they do to tensors: conditions in, frames out. Training validates with it too."""
 
-    def __init__(self, denoiser: Denoiser, base: BaseModels, device: torch.device):
-        """Moves nothing: everything must already be on `device`."""
-        self.denoiser, self.device = denoiser, device
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        base: BaseModels,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """Everything must already be on `device`. `autocast` is for the denoiser alone: the VAE overflows in fp16."""
+        self.denoiser, self.device, self.autocast = denoiser, device, autocast
         self.vae, self.image_encoder, self.scheduler = base.vae, base.image_encoder, base.scheduler
 
     def encode_portrait(self, portrait: PortraitPixels) -> Portrait:
@@ -174,7 +181,8 @@ class Animator:
             heard = torch.stack([quiet, quiet, speech.tokens[indices]])
             bucket = speech.buckets[indices].mean(0).expand(3, -1)  # one pair per window: the mean of its frames'
             clips = x.expand(3, -1, -1, -1, -1)
-            return tuple(self.denoiser.velocity(clips, sigma.expand(3), stills, heard, bucket, rate).float())
+            with self.autocast():
+                return tuple(self.denoiser.velocity(clips, sigma.expand(3), stills, heard, bucket, rate).float())
 
         return velocities
 

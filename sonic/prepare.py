@@ -152,12 +152,14 @@ def hold_out(clips: Sequence[Clip], window: int = 26) -> tuple[list[Clip], list[
     """(training clips, validation clips), nothing in both. `window`: the fewest ticks that make a clip (num_frames *
     frame_step + 1).
 
-    From 10 videos on, 5 % of them (at least 2) by hash of their names, so that adding videos moves none; with fewer, the
-    last fifth of every clip that is long enough for both parts, or else one whole clip.
+    From 10 videos on, those whose name's hash lies in the lowest 5 %, so that a video never moves when others are added,
+    but the two lowest at least; with fewer videos the last fifth of every clip that is long enough for both parts, or else
+    one whole clip.
     """
     videos = sorted({clip.video for clip in clips}, key=_hash)
     if len(videos) >= ENOUGH_VIDEOS:
-        held = set(videos[: max(2, round(HELD_OUT_SHARE * len(videos)))])
+        held = {video for video in videos if int(_hash(video), 16) < HELD_OUT_SHARE * 16 ** len(_hash(video))}
+        held |= set(videos[:2])
         return [c for c in clips if c.video not in held], [c for c in clips if c.video in held]
     train, validation = [], []
     for clip in clips:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import math
 import random
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from einops import rearrange
@@ -234,10 +234,10 @@ def save_training_checkpoint(folder: Path, accelerator: Accelerator, model: Deno
 
 
 def used_memory(device: torch.device) -> float:
-    """GB at the peak so far: of the GPU's allocator, or of this process on a CPU."""
+    """GB: the peak so far of the GPU's allocator, or what this process holds now on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return psutil.Process().memory_info().rss / 1e9
 
 
 def estimate_memory(

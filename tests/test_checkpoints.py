@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import shutil
 
@@ -11,6 +12,7 @@ from sonic.checkpoints import (
     PARTS,
     atomic_folder,
     count_base_parameters,
+    create_whisper,
     load_base,
     load_whisper,
     locate,
@@ -179,6 +181,13 @@ def test_an_extractor_must_be_the_one_trained_with(tiny):
 
     with pytest.raises(UserError, match="trained on audio features 'whisper', not 'other'"):
         open_checkpoint(tiny, extractor=Other)
+
+
+def test_a_whisper_of_another_size_is_refused(tiny, tmp_path):
+    create_whisper(tmp_path, dataclasses.replace(TINY, whisper={**TINY.whisper, "d_model": 8}))
+    words = r"reads audio features of 2 layers and width 16, but 'whisper' \(.*\) gives 2 layers and width 8"
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(tiny, whisper_path=tmp_path)
 
 
 def test_atomic_folder(tmp_path):

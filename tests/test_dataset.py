@@ -12,7 +12,7 @@ from test_prepare import Loudness, clip
 
 from sonic.audio import long_windows, short_windows
 from sonic.dataset import SonicDataset, cut, inside, window_square
-from sonic.faces import union_box
+from sonic.faces import grow_box, union_box
 from sonic.media import VideoReader, save_video
 from sonic.motion import motion_buckets
 from sonic.prepare import Clip, hold_out, prepare
@@ -61,6 +61,11 @@ def test_a_sample_is_what_it_says(clips):
         boxes, landmarks = source.boxes[ticks - source.start], source.landmarks[ticks - source.start]
         assert torch.allclose(sample["buckets"], torch.tensor(motion_buckets(boxes, landmarks)))
         square = window_square(boxes, source.width, source.height)
+        path = union_box(boxes)  # SPEC section 6: the union of the window's boxes, grown by 1.1
+        grown = (grow_box(path, 1.1) - np.array([square[0], square[1]] * 2)) * 64 / (square[2] - square[0])
+        rows, columns = np.nonzero(sample["mask"][0].numpy() > 0.5)
+        edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert np.abs(np.clip(grown, 0, 64) - edges).max() <= 1
         with VideoReader(source.path) as reader:
             pictures = [cut(picture, square) for picture in reader.read(ticks.tolist())]
         for picture, frame in zip(pictures, sample["frames"], strict=True):

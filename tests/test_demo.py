@@ -14,6 +14,7 @@ from PIL import Image
 import sonic_demo
 from sonic.flags import run
 from sonic.media import VideoReader, load_audio
+from sonic.portrait import prepare_portrait
 from sonic_implementation import SonicConfig, SonicPipeline, SonicVideo, UserError, extract_audio_features, save_video
 
 PORTRAIT = EXAMPLES / "portrait.jpg"
@@ -80,6 +81,7 @@ FLAGS = {
     "frame_step": 2,
     "crop": 0.1,
     "seed": 7,
+    "guidance_ramp": (0.5, 6.0),
 }
 
 
@@ -91,13 +93,14 @@ def plain(pipeline, speech):
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_setting_has_an_effect(pipeline, speech, plain, name):
-    other = pipeline.generate(PORTRAIT, pipeline.extract_audio_features(speech), **{name: FLAGS[name]})
+    flag = "guidance_scale_audio" if name == "guidance_ramp" else name
+    other = pipeline.generate(PORTRAIT, pipeline.extract_audio_features(speech), **{flag: FLAGS[name]})
     assert other.frames.shape != plain.frames.shape or not np.array_equal(other.frames, plain.frames)
 
 
 def test_one_call_does_not_change_the_next(pipeline, speech, plain):
     features = pipeline.extract_audio_features(speech)
-    pipeline.generate(PORTRAIT, features, **FLAGS)
+    pipeline.generate(PORTRAIT, features, seed=7, motion="intense", guidance_scale_image=5.0, num_inference_steps=1)
     assert np.array_equal(pipeline.generate(PORTRAIT, features).frames, plain.frames)
 
 
@@ -139,6 +142,15 @@ def test_generate_video(pipeline, speech, tmp_path):
     )
     assert made.stat().st_size > 1000
     assert calls == [(done, 4) for done in range(1, 5)]  # 8 frames are 2 windows, 2 steps
+
+
+def test_reference_latent_is_the_vaes_mode_unscaled(pipeline):
+    portrait = prepare_portrait(Image.open(PORTRAIT), 64)
+    with torch.no_grad():
+        still = pipeline.animator.encode_portrait(portrait)
+        expected = pipeline.animator.vae.encode(portrait.pixels[None]).latent_dist.mode()
+    assert torch.equal(still.latent, expected)
+    assert still.clip.shape == (1, 16) and torch.equal(still.mask, portrait.mask[None])
 
 
 def test_buckets_by_hand_are_scaled(pipeline, speech):
@@ -240,6 +252,13 @@ def test_pairing(speech, tmp_path):
     assert not batch and jobs[0].output == tmp_path / "a_voice.mp4"
 
 
+def test_batch_goes_on_past_a_missing_file(tiny, speech, tmp_path, capsys):
+    images = [tmp_path / "gone.png", PORTRAIT]
+    assert demo(tiny, "--image", *images, "--audio", speech, "--output", tmp_path, "--num_inference_steps", 1) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["portrait_voice.mp4"]
+    assert "gone.png does not exist" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
@@ -262,8 +281,8 @@ def broken(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image": "gone.png"}, "gone.png' does not exist"),
-        ({"audio": "gone.wav"}, "gone.wav' does not exist"),
+        ({"image": "gone.png"}, "gone.png does not exist"),
+        ({"audio": "gone.wav"}, "gone.wav does not exist"),
         ({"image": "empty.png"}, "empty.png"),
         ({"audio": "empty.wav"}, "empty.wav"),
         ({"image": "text.jpg"}, "text.jpg cannot be read as an image"),

@@ -316,6 +316,14 @@ def test_memory_estimate_follows_the_flags(tiny):
     assert half["activations"] < 0.8 * plain["activations"]
 
 
+@pytest.mark.parametrize(("frame_step", "shift"), [(1, 3), (2, 7)])
+def test_shift_of_a_run_follows_its_frame_rate(tiny, frame_step, shift):
+    """SPEC.md section 5: 3 for 25 fps models, 7 for 12.5 fps as the released weights."""
+    start = open_checkpoint(tiny)
+    config = with_model_defaults(TrainingConfig(data_root="x", frame_step=frame_step), start.settings)
+    assert sonic_training.for_this_run(start, config).settings.shift_offset == shift
+
+
 def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):
     output = tmp_path / "output"
     sonic_training.main(flags(tiny, clips, cache, output, dry_run=True))
@@ -337,6 +345,8 @@ def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
         assert found == pytest.approx(expected, rel=1e-4)
     else:
         assert found == pytest.approx(expected, rel=0.1) and found != expected
+        saved = weights(tmp_path / "checkpoint-1").values()
+        assert {tensor.dtype for tensor in saved} == {torch.float32}  # master weights stay in fp32
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
