@@ -80,9 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{number}/{len(jobs)}] {job.image} + {job.audio} -> {job.output}")
         try:
             pipeline.generate_video(job.image, job.audio, job.output, face_box=face_box)
-        except (UserError, RuntimeError, OSError) as error:  # what one clip can run into; the others go on
-            failures.append(f"{job.image} + {job.audio}: {error}")
-            print(f"failed: {error}", file=sys.stderr)
+        except Exception as error:  # whatever one clip runs into, the others go on; it is told and sets the exit code
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            failures.append(f"{job.image} + {job.audio}: {reason}")
+            print(f"failed: {reason}", file=sys.stderr)
     print(f"{len(jobs) - len(failures)} of {len(jobs)} clips made in {flags.output}")
     for failure in failures:
         print(f"  failed: {failure}")
@@ -155,7 +156,9 @@ def _named(triples: list[tuple[Path, Path, str | None]], folder: Path) -> list[J
         raise UserError(f"--output '{folder}' is a file, a batch needs a folder")
     jobs, taken = [], set()
     for image, audio, name in triples:
-        stem = Path(name).stem if name else f"{image.stem}_{audio.stem}"
+        stem = name.removesuffix(".mp4") if name else f"{image.stem}_{audio.stem}"
+        if Path(stem).name != stem:
+            raise UserError(f"output '{name}' must be a name, not a path: the folder is --output")
         unique, number = stem, 1
         while unique in taken:
             number += 1

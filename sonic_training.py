@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,7 +34,6 @@ from sonic.checkpoints import (
     load_whisper,
     locate,
     open_checkpoint,
-    portable,
     training_checkpoints,
 )
 from sonic.config import TrainingConfig, UserError
@@ -48,8 +50,11 @@ from sonic.training import (
     draw,
     estimate_memory,
     optimizer_steps,
+    readable,
+    resume_state,
     save_training_checkpoint,
     seed_everything,
+    start_trackers,
     total_loss,
     used_memory,
     with_model_defaults,
@@ -70,6 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     extractor = load_extractor(config.audio_extractor) if config.audio_extractor else None
     output_dir = Path(config.output_dir)
     resumed = checkpoint_to_resume(config, output_dir)
+    if not config.resume_from_checkpoint and training_checkpoints(output_dir) and not config.dry_run:
+        raise UserError(
+            f"'{output_dir}' already holds a run: go on with --resume_from_checkpoint latest, or give another --output_dir"
+        )
     start = open_checkpoint(resumed or config.model_path, config.base_model, config.whisper_path, extractor)
     config = with_model_defaults(config, start.settings)
     start = for_this_run(start, config)
@@ -84,7 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir,
+        # While the main process prepares the data the others wait, for hours if it must be.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    start_trackers(accelerator, config)
     with accelerator.main_process_first():
         data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
     train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
@@ -112,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.register_for_checkpointing(lr_scheduler, state)
     keep_model_out_of_state(accelerator)
     if resumed:
-        accelerator.load_state(str(resumed / "state"))
+        resume_state(accelerator, resumed)
         accelerator.print(f"resumed at step {state.step} from {resumed}")
     accelerator.print(
         f"{len(train_clips)} training clips, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
@@ -120,7 +132,6 @@ def main(arguments: list[str] | None = None) -> None:
         f"{total_steps} steps, {per_epoch} per epoch"
     )
     log = Log(output_dir / "log.jsonl", state.step) if accelerator.is_main_process else None
-    accelerator.init_trackers("sonic", {name: str(value) for name, value in dataclasses.asdict(config).items()})
 
     dataset = SonicDataset(
         train_clips,
@@ -134,9 +145,9 @@ def main(arguments: list[str] | None = None) -> None:
     loader = DataLoader(
         Numbered(dataset),
         batch_sampler=SampleNumbers(
-            config.train_batch_size,
-            first=state.step * accumulated,
-            last=total_steps * accumulated,
+            first=state.samples,
+            batches=max(total_steps - state.step, 0) * accumulated,
+            batch_size=config.train_batch_size,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         ),
@@ -158,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         target = output_dir / f"checkpoint-{state.step}"
         with atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder:
-            save_training_checkpoint(folder, accelerator, model, start)
+            save_training_checkpoint(folder, accelerator, model, start, state)
 
     def validate(video: bool) -> None:
         plain = accelerator.unwrap_model(model)
@@ -182,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         total=total_steps, initial=state.step, unit="step", disable=None if accelerator.is_main_process else True
     )
     clock = time.perf_counter()
-    for samples in loader:
+    for samples in readable(loader):
         waited = time.perf_counter() - clock
         with accelerator.accumulate(model):
             clip = encoders(samples)
@@ -197,11 +208,18 @@ def main(arguments: list[str] | None = None) -> None:
             loss=losses.velocity.item(), bucket_loss=losses.bucket.item(), token_spread=losses.token_spread.item()
         )
         state.time(wait=waited, whole=time.perf_counter() - clock)
+        state.samples += config.train_batch_size * accelerator.num_processes
         clock = time.perf_counter()
+        if not math.isfinite(losses.velocity.item()):
+            names = ", ".join(samples["name"])
+            raise UserError(
+                f"the loss is {losses.velocity.item()} at step {state.step + 1} ({names}): lower --learning_rate"
+            )
         if not accelerator.sync_gradients:
             continue
 
-        lr_scheduler.step()
+        if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips a step that overflows
+            lr_scheduler.step()
         state.step += 1
         bar.update()
         if state.step % config.logging_steps == 0 or state.step == total_steps:
@@ -250,10 +268,10 @@ def for_this_run(start: Checkpoint, config: TrainingConfig) -> Checkpoint:
         frame_step=config.frame_step,
         resolution=config.resolution,
         shift_offset=3 if config.frame_step == 1 else 7,  # SPEC.md section 5
+        overlap=min(start.settings.overlap, config.num_frames - 1),
         crop=0.5,  # training crops a square around the face, so animating should too
     )
-    whisper = portable(start.whisper_path) if start.whisper_path else None
-    return dataclasses.replace(start, settings=settings, base_model=portable(start.base_model), whisper_path=whisper)
+    return dataclasses.replace(start, settings=settings)
 
 
 def make_output_dir(output_dir: Path) -> None:
@@ -272,7 +290,7 @@ def prepare_data(config: TrainingConfig, start: Checkpoint, extractor, output_di
     data = prepare(
         config.data_root,
         config.cache_dir or output_dir / "cache",
-        extractor or load_whisper(locate(start.whisper_path, "Whisper")),
+        extractor or load_whisper(start.whisper_path),
         num_frames=config.num_frames,
         frame_step=config.frame_step,
         num_workers=config.num_workers,
@@ -294,10 +312,12 @@ def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
     """Prints what a run with these flags is made of, and stops before anything is loaded or written."""
     print(json.dumps(dataclasses.asdict(config), indent=1))
     videos = find_videos(Path(config.data_root))
+    if not videos:
+        raise UserError(f"{config.data_root} holds no video: give the folder of your videos with --data_root")
     print(f"data: {len(videos)} video files in {config.data_root}")
     print("model:", {part: str(path) for part, path in start.tensors.items()})
     print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
-    frozen = count_base_parameters(locate(start.base_model, "base model"))
+    frozen = count_base_parameters(start.base_model)
     parts, counts = estimate_memory(start.architecture, config, frozen)
     print("parameters: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items()))
     for name, size in parts.items():

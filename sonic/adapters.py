@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, cat, nn
 
-SHORT_WINDOW = 10  # Whisper features of the short context: 0.2 s
-LONG_WINDOW = 50  # of the long context: 1 s
+from sonic.audio import LONG_LENGTH, SHORT_LENGTH
+
 BUCKET_SCALE = 16.0  # the released network's outputs times 16 plus 16 are buckets
 
 
@@ -20,7 +20,7 @@ class AudioToken(nn.Module):
     def __init__(self, layers: int, width: int, hidden: int = 1024, token_width: int = 1024, tokens: int = 32):
         super().__init__()
         self.layers, self.width, self.tokens, self.token_width = layers, width, tokens, token_width
-        self.proj1 = nn.Linear(SHORT_WINDOW * layers * width, hidden)
+        self.proj1 = nn.Linear(SHORT_LENGTH * layers * width, hidden)
         self.proj2 = nn.Linear(hidden, hidden)
         self.proj3 = nn.Linear(hidden, tokens * token_width)
         self.norm = nn.LayerNorm(token_width)
@@ -32,7 +32,7 @@ class AudioToken(nn.Module):
 
     def silence(self) -> Tensor:
         """The tokens of the unconditional branch, [K, D]: `audio2token(zeros)`, not zeros."""
-        return self(self.proj1.weight.new_zeros(SHORT_WINDOW, self.layers, self.width))
+        return self(self.proj1.weight.new_zeros(SHORT_LENGTH, self.layers, self.width))
 
 
 class AudioBucket(nn.Module):
@@ -44,7 +44,7 @@ class AudioBucket(nn.Module):
     def __init__(self, width: int, clip_width: int, hidden: int = 1024, outputs: int = 2):
         super().__init__()
         self.width, self.clip_width = width, clip_width
-        self.proj1 = nn.Linear(LONG_WINDOW * width + clip_width, hidden)
+        self.proj1 = nn.Linear(LONG_LENGTH * width + clip_width, hidden)
         self.proj2 = nn.Linear(hidden, hidden)
         self.proj3 = nn.Linear(hidden, outputs)
 

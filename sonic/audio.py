@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -117,10 +118,13 @@ def load_extractor(spec: str) -> AudioExtractor:
         raise UserError(f"audio extractor '{spec}' is not FILE.py:NAME of an existing file")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise UserError(f"{path} has no '{name}' (audio extractor '{spec}')")
-    extractor = getattr(module, name)()
+    try:
+        module_spec.loader.exec_module(module)
+        extractor = getattr(module, name)()
+    except Exception as error:  # the user's own code may fail in any way, and it is the user who can mend it
+        raise UserError(f"audio extractor '{spec}' cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(extractor, AudioExtractor):
         raise UserError(f"'{spec}' needs name, layers, width and a call: see sonic/audio.py, AudioExtractor")
+    if not re.fullmatch(r"[\w.-]*\w", str(extractor.name)):
+        raise UserError(f"'{spec}' is named {extractor.name!r}: use letters, digits, dots, dashes and underscores")
     return extractor

@@ -50,19 +50,31 @@ ROOT = (
 # ---------------------------------------------------------------------------------------------- files
 
 
+@contextlib.contextmanager
+def _described_by(path: Path) -> Iterator[None]:
+    """Building something from a configuration file: what goes wrong then is the file's fault, and says so."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from None
+    except Exception as error:  # every library has its own kinds for a value that it does not like
+        raise UserError(f"'{path}' describes nothing that can be built: {type(error).__name__}: {error}") from error
+
+
 def locate(path: str | Path, what: str) -> Path:
     """The folder a path names, seen from here or, if relative, from the project. Raises UserError with the download command."""
     path = Path(path)
     for candidate in (path, ROOT / path):
         if candidate.is_dir():
-            return candidate
+            return candidate.resolve()
     raise UserError(f"{what} folder '{path}' does not exist{_how_to_get(path)}")
 
 
-def portable(path: Path) -> Path:
-    """A path to store: from the project's folder if it lies inside, so that the project may move; else absolute."""
-    path = path.resolve()
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+def _portable(path: Path | None) -> str | None:
+    """A path to store: a relative one as it is; from the project's folder if it lies inside, so that the project may move."""
+    if path is None:
+        return None
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def _how_to_get(path: Path) -> str:
@@ -162,10 +174,11 @@ def count_base_parameters(folder: Path) -> int:
 
 
 def _empty_base(folder: Path) -> tuple[AutoencoderKLTemporalDecoder, CLIPVisionModelWithProjection]:
-    with init_empty_weights():
-        vae = AutoencoderKLTemporalDecoder.from_config(read_json(folder / "vae/config.json"))
-        clip = CLIPVisionConfig.from_dict(read_json(folder / "image_encoder/config.json"))
-        return vae, CLIPVisionModelWithProjection(clip)
+    vae_path, clip_path = folder / "vae/config.json", folder / "image_encoder/config.json"
+    with init_empty_weights(), _described_by(vae_path):
+        vae = AutoencoderKLTemporalDecoder.from_config(read_json(vae_path))
+    with init_empty_weights(), _described_by(clip_path):
+        return vae, CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(read_json(clip_path)))
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32) -> BaseModels:
@@ -178,15 +191,16 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, vae_dtype: torch
         path = find_weights(folder / name, stem)
         load_strict(part, read_tensors(path), path, kind)
         part.eval().requires_grad_(False)
-    scheduler = EulerDiscreteScheduler.from_config(read_json(folder / "scheduler/scheduler_config.json"))
+    path = folder / "scheduler/scheduler_config.json"
+    with _described_by(path):
+        scheduler = EulerDiscreteScheduler.from_config(read_json(path))
     return BaseModels(vae, image_encoder, scheduler)
 
 
 def load_whisper(folder: Path) -> WhisperFeatures:
     """The encoder of a Whisper folder as a feature extractor."""
-    config = WhisperConfig.from_dict(read_json(folder / "config.json"))
-    with init_empty_weights():
-        encoder = WhisperEncoder(config)
+    with init_empty_weights(), _described_by(folder / "config.json"):
+        encoder = WhisperEncoder(WhisperConfig.from_dict(read_json(folder / "config.json")))
     # transformers' old name for .bin files is another stem
     path = find_weights(folder, "pytorch_model" if (folder / "pytorch_model.bin").is_file() else "model")
     tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path).items()}
@@ -238,13 +252,15 @@ class Checkpoint:
 
     def load(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """The model, on the CPU. Raises UserError for missing files and other shapes."""
+        source = self.tensors["unet"].parent
         if set(self.tensors) == set(PARTS):
-            with init_empty_weights():
+            with init_empty_weights(), _described_by(source):
                 denoiser = self.architecture.build()
             for part, path in self.tensors.items():
                 load_strict(getattr(denoiser, part), read_tensors(path), path, dtype)
             return denoiser
-        denoiser = self.architecture.build()
+        with _described_by(source):
+            denoiser = self.architecture.build()
         load_strict(denoiser.unet, read_tensors(self.tensors["unet"]), self.tensors["unet"], missing_ok=".processor.")
         denoiser.unet.start_audio_attention()
         return denoiser.to(dtype)
@@ -253,15 +269,15 @@ class Checkpoint:
 def save_model(folder: Path, denoiser: Denoiser, origin: Checkpoint) -> None:
     """Our own form: weights, architecture and settings, and where the base model and Whisper lie.
 
-    Those paths are stored as given; when read, a relative one is looked for inside the folder first.
+    When those paths are read, a relative one is looked for inside the folder first, then from the project.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = {
         "format": FORMAT,
         "architecture": asdict(origin.architecture),
         "settings": asdict(origin.settings),
-        "base_model": str(origin.base_model),
-        "whisper_path": None if origin.whisper_path is None else str(origin.whisper_path),
+        "base_model": _portable(origin.base_model),
+        "whisper_path": _portable(origin.whisper_path),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     for part in PARTS:
@@ -302,12 +318,18 @@ def open_checkpoint(
         raise UserError(f"'{folder}' is no checkpoint: {what}{_how_to_get(folder)}")
     whisper = None if extractor else whisper_folder(folder, whisper_path)
     checkpoint = opener(folder, whisper, extractor)
-    _check_features(checkpoint, folder, extractor or _WhisperSize.of(whisper))
+    _check_sizes(checkpoint, folder, extractor or _WhisperSize.of(whisper))
     return checkpoint
 
 
-def _check_features(checkpoint: Checkpoint, folder: Path, audio: AudioExtractor | _WhisperSize) -> None:
-    architecture = checkpoint.architecture
+def _check_sizes(checkpoint: Checkpoint, folder: Path, audio: AudioExtractor | _WhisperSize) -> None:
+    """What the model reads must be what its audio features and its CLIP encoder give."""
+    architecture, clip_width = checkpoint.architecture, _clip_width(checkpoint.base_model)
+    if architecture.clip_width != clip_width:
+        raise UserError(
+            f"'{folder}' reads CLIP embeddings of width {architecture.clip_width}, but the base model "
+            f"'{checkpoint.base_model}' gives {clip_width}: it is of another architecture"
+        )
     expected, found = (architecture.audio_layers, architecture.audio_width), (audio.layers, audio.width)
     if expected != found:
         raise UserError(
@@ -320,23 +342,29 @@ def whisper_folder(checkpoint: str | Path, whisper_path: str | Path | None = Non
     """Where the Whisper that a checkpoint listens with lies, found without loading anything."""
     folder = locate(checkpoint, "checkpoint")
     if whisper_path is None and (folder / INDEX).is_file():
-        whisper_path = read_json(folder / INDEX).get("whisper_path")
+        whisper_path = _read_index(folder)["whisper_path"]
     return _beside(folder, whisper_path or WHISPER, "Whisper")
 
 
 def _beside(folder: Path, path: str | Path, what: str) -> Path:
     """A path stored in a checkpoint: inside its folder first, then as it stands."""
-    return folder / path if (folder / path).is_dir() else locate(path, what)
+    return (folder / path).resolve() if (folder / path).is_dir() else locate(path, what)
+
+
+def _read_index(folder: Path) -> dict:
+    path = folder / INDEX
+    index = read_json(path)
+    if index.get("format") != FORMAT:
+        raise UserError(f"'{path}' has format {index.get('format')!r}, this version reads {FORMAT}")
+    if not isinstance(index.get("base_model"), str) or not isinstance(index.get("whisper_path", 0), str | None):
+        raise UserError(f"'{path}': base_model and whisper_path must be paths")
+    return index
 
 
 def _open_own(folder: Path, whisper: Path | None, extractor: AudioExtractor | None, base_model) -> Checkpoint:
-    index = read_json(folder / INDEX)
-    if index.get("format") != FORMAT:
-        raise UserError(f"'{folder / INDEX}' has format {index.get('format')!r}, this version reads {FORMAT}")
-    try:
+    index = _read_index(folder)
+    with _described_by(folder / INDEX):
         architecture, settings = Architecture(**index["architecture"]), Settings(**index["settings"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"'{folder / INDEX}' is incomplete or from another version: {error}") from None
     given = extractor.name if extractor else WHISPER_NAME
     if given != architecture.audio_name:
         raise UserError(
@@ -375,8 +403,13 @@ def _open_base(folder: Path, whisper: Path | None, extractor: AudioExtractor | N
 def _architecture_for(base: Path, audio: AudioExtractor | _WhisperSize) -> Architecture:
     """A base folder's UNet and CLIP with audio features of this size, and adapters of the released sizes."""
     unet = read_json(base / "unet/config.json")
-    clip_width = read_json(base / "image_encoder/config.json")["projection_dim"]
-    return Architecture(unet, audio.name, audio.layers, audio.width, clip_width)
+    return Architecture(unet, audio.name, audio.layers, audio.width, _clip_width(base))
+
+
+def _clip_width(base: Path) -> int:
+    path = base / "image_encoder/config.json"
+    with _described_by(path):
+        return read_json(path)["projection_dim"]
 
 
 @dataclass
@@ -390,7 +423,8 @@ class _WhisperSize:
     @classmethod
     def of(cls, folder: Path) -> _WhisperSize:
         config = read_json(folder / "config.json")
-        return cls(config["encoder_layers"] + 1, config["d_model"], WHISPER_NAME)
+        with _described_by(folder / "config.json"):
+            return cls(config["encoder_layers"] + 1, config["d_model"], WHISPER_NAME)
 
 
 # ---------------------------------------------------------------------------------------------- making and saving folders
@@ -440,7 +474,8 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lamb
     unfinished, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
         if main:
-            _remove(unfinished, old)
+            _restore(old, path)
+            _remove(unfinished)
             unfinished.mkdir(parents=True)
         wait()
         yield unfinished
@@ -455,13 +490,20 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lamb
         wait()
     finally:
         if main:
-            _remove(unfinished, old)
+            _restore(old, path)
+            _remove(unfinished)
 
 
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        if folder.exists():
-            shutil.rmtree(folder)
+def _restore(old: Path, path: Path) -> None:
+    """Between two renames there is a moment without `path`; if that was the end, the old folder takes its name again."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _flush(path: Path) -> None:
@@ -475,6 +517,8 @@ def _flush(path: Path) -> None:
 
 def training_checkpoints(output_dir: Path) -> list[Path]:
     """The complete `checkpoint-STEP` folders of a run, by step."""
+    for old in output_dir.glob(".checkpoint-*.old"):
+        _restore(old, output_dir / old.name.removeprefix(".").removesuffix(".old"))
     found = {
         int(path.name.rpartition("-")[2]): path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()
     }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.flags import Checked, UserError, flag, number, one_of
-
-__all__ = ["UserError"]  # so that every module takes it from here
+from sonic.flags import Checked, flag, number, one_of
+from sonic.flags import UserError as UserError  # every module takes it from here
 
 SAMPLE_RATE = 16_000  # Hz; Whisper's input rate
 TICK_RATE = 25  # the method's clock: video ticks per second of speech
@@ -20,25 +19,51 @@ WHISPER = f"{CHECKPOINTS}/whisper-tiny"
 RELEASED = f"{CHECKPOINTS}/Sonic"
 SHIPPED = f"{CHECKPOINTS}/sonic-mini"
 
-MOTIONS = ("mild", "moderate", "intense")
+MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # motion buckets are multiplied by (SPEC.md section 5)
+
+DEVICE = one_of("auto", "cpu", "cuda", "mps")
+DTYPE = one_of("auto", "fp32", "fp16", "bf16")
+WHOLE, POSITIVE = number(int, low=0), number(int, low=1)
+SEED = number(int, low=0, high=2**53 - 1)  # what torch takes and a web page can hold
+STEP, SIDE = number(int, low=1, high=5), number(int, low=64, high=8192)
+SCALE, BUCKET = number(float, low=0), number(float, low=0, high=127)
+
+
+def _guidance(value):
+    """A scale, or the first and the last of one that goes linearly over the steps: `2.0`, `1.0,3.0`, or a pair."""
+    ends = value.split(",") if isinstance(value, str) else value
+    if not isinstance(ends, list | tuple):
+        return SCALE(value)
+    if len(ends) > 2:
+        raise ValueError(f"must be one number or two, FIRST,LAST, not {value!r}")
+    ends = tuple(SCALE(end) for end in ends)
+    return ends if len(ends) == 2 else ends[0]
+
+
+NO_CROP = "none"
+
+
+def _crop(value):
+    """A margin in face sizes, or the word that takes the whole picture."""
+    return value if value == NO_CROP else SCALE(value)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """How a model was trained and how it is sampled unless a flag says otherwise; saved with its weights."""
 
-    num_frames: int = 25  # frames of a window
-    frame_step: int = 2  # ticks per frame: 1 is 25 fps, 2 is 12.5 fps
-    resolution: int = 512  # pixels of the short side
-    shift_offset: int = (
-        7  # frames that the windows move per denoising step (the paper has 3, the released configuration 7)
+    num_frames: int = flag(25, "frames of a window", POSITIVE)
+    frame_step: int = flag(2, "ticks per frame: 1 is 25 fps, 2 is 12.5 fps", STEP)
+    resolution: int = flag(512, "pixels of the short side", SIDE)
+    shift_offset: int = flag(
+        7, "frames that the windows move per denoising step (the paper has 3, released is 7)", WHOLE
     )
-    overlap: int = 0  # frames that neighbouring windows share
-    num_inference_steps: int = 25
-    guidance_scale_image: float | tuple[float, float] = 2.0  # a pair goes linearly from its first to its second
-    guidance_scale_audio: float | tuple[float, float] = 7.5
-    decode_chunk_size: int = 8  # frames that the VAE decodes at once
-    crop: float | None = None  # margin of the square cut around the face, in face sizes; None takes the whole picture
+    overlap: int = flag(0, "frames that neighbouring windows share", WHOLE)
+    num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
+    guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _guidance)
+    guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _guidance)
+    decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
+    crop: float | None = flag(None, "margin of the square cut around the face; None takes the whole picture", SCALE)
 
 
 @dataclass(frozen=True)
@@ -170,31 +195,6 @@ PRESETS = {
     ),
 }
 
-DEVICE = one_of("auto", "cpu", "cuda", "mps")
-DTYPE = one_of("auto", "fp32", "fp16", "bf16")
-WHOLE, POSITIVE = number(int, low=0), number(int, low=1)
-SEED = number(int, low=0, high=2**53 - 1)  # what torch takes and a web page can hold
-SCALE, BUCKET = number(float, low=0), number(float, low=0, high=127)
-
-
-def _guidance(value):
-    """A scale, or the first and the last of one that goes linearly over the steps: `2.0`, `1.0,3.0`, or a pair."""
-    ends = value.split(",") if isinstance(value, str) else value
-    if not isinstance(ends, list | tuple):
-        return SCALE(value)
-    if len(ends) > 2:
-        raise ValueError(f"must be one number or two, FIRST,LAST, not {value!r}")
-    ends = tuple(SCALE(end) for end in ends)
-    return ends if len(ends) == 2 else ends[0]
-
-
-NO_CROP = "none"
-
-
-def _crop(value):
-    """A margin in face sizes, or the word that takes the whole picture."""
-    return value if value == NO_CROP else SCALE(value)
-
 
 @dataclass(frozen=True)
 class SonicConfig(Checked):
@@ -212,7 +212,9 @@ class SonicConfig(Checked):
     )
     device: str = flag("auto", "auto, cpu, cuda or mps", DEVICE)
     dtype: str = flag("auto", "auto (fp16 on cuda, else fp32), fp32, fp16 or bf16", DTYPE)
-    motion: str = flag("moderate", "mild, moderate or intense: motion buckets times 1.0, 1.5 or 2.0", one_of(*MOTIONS))
+    motion: str = flag(
+        "moderate", "mild, moderate or intense: motion buckets times 1.0, 1.5 or 2.0", one_of(*MOTION_SCALES)
+    )
     dynamic_scale: float | None = flag(None, "motion buckets times this number, instead of --motion", SCALE)
     translation_bucket: float | None = flag(
         None, "head motion, 0 to 127 (default: predicted from portrait and speech)", BUCKET
@@ -234,7 +236,7 @@ class SonicConfig(Checked):
     resolution: int | None = flag(
         None, "short side of the video in pixels, rounded to a multiple of 64", number(int, low=64)
     )
-    frame_step: int | None = flag(None, "1 makes 25 frames per second, 2 makes 12.5", number(int, low=1, high=5))
+    frame_step: int | None = flag(None, "1 makes 25 frames per second, 2 makes 12.5", STEP)
     crop: float | str | None = flag(
         None, "cut a square around the face, grown by this share of it on each side (released: 0.5), or none", _crop
     )
@@ -266,7 +268,7 @@ class TrainingConfig(Checked):
         None, "frames of a training window (default: the model's; SVD 25)", number(int, low=2)
     )
     frame_step: int | None = flag(
-        None, "1 trains 25 frames per second, 2 trains 12.5 (default: the model's; SVD 2)", number(int, low=1, high=5)
+        None, "1 trains 25 frames per second, 2 trains 12.5 (default: the model's; SVD 2)", STEP
     )
     resolution: int | None = flag(
         None,

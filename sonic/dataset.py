@@ -87,7 +87,7 @@ class SonicDataset(torch.utils.data.Dataset):
             "mask": resized_mask(union_box(boxes) - corner, (side, side), size),
             "audio_windows": audio_windows,
             "bucket_windows": bucket_windows,
-            "buckets": torch.tensor(motion_buckets(boxes, clip.landmarks[window])),
+            "buckets": torch.tensor(motion_buckets(clip.landmarks[window])),
             "fps": torch.tensor(TICK_RATE / self.frame_step),
             "ticks": ticks,
             "name": clip.name,
@@ -165,7 +165,10 @@ def window_square(boxes: np.ndarray, width: int, height: int) -> tuple[int, int,
     unless the path is longer than the picture's shorter side; then it reaches over the edge, and `cut` repeats the edge.
     """
     union = np.clip(union_box(boxes), 0, [width, height, width, height])
-    square = square_crop(union, CROP_EXPAND, width, height)
+    x0, y0, x1, y1 = square_crop(union, CROP_EXPAND, width, height)
+    side = min(max(x1 - x0, y1 - y0), width, height)  # the crop may be a pixel off square
+    x0, y0 = min(x0, width - side), min(y0, height - side)
+    square = (x0, y0, x0 + side, y0 + side)
     if inside(union[None], square)[0]:
         return square
     path = math.ceil(max(union[2:] - union[:2])) + 1  # a pixel more: the corner is rounded

@@ -45,6 +45,12 @@ def per_clip(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
+def denoised(x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
+    """The estimate of x0 that a velocity stands for, c_out v + c_skip x; sigma broadcasts to x."""
+    scale = scalings(sigma)
+    return scale.out * velocity + scale.skip * x
+
+
 @dataclass
 class Portrait:
     """The still side of a condition: reference latent [B, 4, H, W] (the VAE's mode, *not* scaled), CLIP embedding [B, E],
@@ -119,11 +125,6 @@ class Denoiser(nn.Module):
         conditions = Conditions(image.to(dtype), tokens.to(dtype), portrait.mask)
         time_ids = torch.cat([fps[:, None], buckets], dim=1)  # fps as it is, where SVD's own pipeline passes fps - 1
         return self.unet(sample.to(dtype), scale.noise, conditions, time_ids, return_dict=False)[0]
-
-    def denoise(self, x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
-        """The estimate of x0 that a velocity stands for: c_out v + c_skip x."""
-        scale = scalings(sigma)
-        return per_clip(scale.out, x) * velocity + per_clip(scale.skip, x) * x
 
     def forward(self, batch: TrainingBatch) -> Losses:
         """The training loss. It is `forward`, so that wrappers for many GPUs see every parameter used."""

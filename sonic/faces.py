@@ -293,13 +293,6 @@ def union_box(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
 
 
-def grow_box(box: np.ndarray, factor: float) -> np.ndarray:
-    """The box [4] with its sides times `factor` about its centre, not clipped."""
-    low, high = np.asarray(box[:2], dtype=float), np.asarray(box[2:], dtype=float)
-    centre, half = (low + high) / 2, (high - low) / 2 * factor
-    return np.concatenate([centre - half, centre + half])
-
-
 def face_mask(box: np.ndarray, width: int, height: int, growth: float = MASK_GROWTH) -> np.ndarray:
     """The face box grown by 1.1 about its centre, uint8 [H, W], 255 inside on black (SPEC section 4).
 
@@ -317,18 +310,21 @@ def face_mask(box: np.ndarray, width: int, height: int, growth: float = MASK_GRO
 
 
 def square_crop(box: np.ndarray, expand: float, width: int, height: int) -> tuple[int, int, int, int]:
-    """The released preprocessing's square around a face: x0, y0, x1, y1 inside a picture of that width and height.
+    """The released preprocessing's crop around a face: x0, y0, x1, y1 inside a picture of that width and height.
 
-    The box is grown by `expand` times its size on each side and clipped to the picture; the square has the shorter side of
-    that, and lies as near to the face's own centre as it can within it.
+    The box is grown by `expand` times its size on each side and clipped to the picture; the crop has the shorter side of
+    that, and lies as near to the face's own centre as it can within it. Each edge is rounded by itself, as it is there,
+    so that the crop may be a pixel off square.
     """
-    low, high = np.asarray(box[:2], dtype=float), np.asarray(box[2:], dtype=float)
-    margin = expand * (high - low)
-    limit = np.array([width, height], dtype=float)
-    room_low, room_high = np.clip(low - margin, 0, limit), np.clip(high + margin, 0, limit)
-    half = (room_high - room_low).min() / 2
-    centre = np.clip((low + high) / 2, room_low + half, room_high - half)
-    side = int(min(round(2 * half), width, height))
-    x0, y0 = (round(float(value)) for value in centre - half)
-    x0, y0 = min(max(x0, 0), width - side), min(max(y0, 0), height - side)
-    return x0, y0, x0 + side, y0 + side
+    x0, y0, x1, y1 = (float(value) for value in box)
+    grow_x, grow_y = expand * (x1 - x0), expand * (y1 - y0)
+    left, right = max(x0 - grow_x, 0.0), min(x1 + grow_x, float(width))
+    top, bottom = max(y0 - grow_y, 0.0), min(y1 + grow_y, float(height))
+    centre_x, centre_y = (left + right) / 2, (top + bottom) / 2
+    half = min(right - left, bottom - top) / 2
+    spare = abs((bottom - top) - (right - left)) / 2  # how far the crop can go along the longer axis
+    if right - left < bottom - top:
+        centre_y += min(max((y0 + y1) / 2 - centre_y, -spare), spare)
+    else:
+        centre_x += min(max((x0 + x1) / 2 - centre_x, -spare), spare)
+    return round(centre_x - half), round(centre_y - half), round(centre_x + half), round(centre_y + half)

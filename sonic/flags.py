@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -24,7 +25,7 @@ def number(kind: type, low: float | None = None, high: float | None = None, abov
     def check(value):
         try:
             result = kind(value)
-            fits = result == float(value)  # 2.5 is no whole number; nan equals nothing
+            fits = math.isfinite(float(value)) and result == float(value)  # 2.5 is no whole number
         except (TypeError, ValueError, OverflowError):
             fits = False
         if not fits or (low is not None and result < low) or (high is not None and result > high):

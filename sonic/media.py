@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from sonic.config import SAMPLE_RATE, TICK_RATE, UserError
 
 MIN_AUDIO_SECONDS = 0.2  # less than one short context window of SPEC section 2
+MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; what recorders know. From 1 Hz, a second would be resampled to hours
 MIN_IMAGE_SIDE = 64  # pixels; one latent cell of the coarsest UNet level
 MAX_CODER_PADDING = 4096  # samples; the longest block of the common coders
 TIME_TOLERANCE = Fraction(1, 1000)  # seconds; Matroska and WebM round time stamps to a millisecond
@@ -65,17 +66,26 @@ def load_audio(path) -> np.ndarray:
     """Any audio file, or the sound of a video, as float32 [samples] mono at 16 kHz in [-1, 1].
 
     Equal to `librosa.load(path, sr=16000, mono=True)` where libsndfile reads the file; sound of a video starts with its
-    first picture. UserError: missing, empty, no sound in it, shorter than 0.2 s, all NaN.
+    first picture. UserError: missing, empty, no sound in it, shorter than 0.2 s, all NaN, an absurd sampling rate.
     """
     path = _readable(path, "audio")
     try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(str(path)) as file:
+            rate = _checked_rate(file.samplerate, file.channels, path)
+            samples = file.read(dtype="float32", always_2d=True)
         samples = librosa.to_mono(_finite(samples.T, path))
     except soundfile.LibsndfileError:
         samples, rate = _decode_audio(path)
     if len(samples) < MIN_AUDIO_SECONDS * rate:
         raise UserError(f"{path}: audio shorter than {MIN_AUDIO_SECONDS} s ({len(samples) / rate:.3f} s): give more.")
     return librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+
+
+def _checked_rate(rate: int, channels: int, path: Path) -> int:
+    """The rate, unless the file's header claims what no recording has."""
+    if channels < 1 or not MIN_RATE <= rate <= MAX_RATE:
+        raise UserError(f"{path} claims {channels} channels of {rate} Hz, which no sound has: export the audio again.")
+    return rate
 
 
 def _finite(samples: np.ndarray, path: Path) -> np.ndarray:
@@ -95,7 +105,8 @@ def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
             stream = container.streams.audio[0]
             if stream.codec_context is None:
                 raise UserError(f"{path} holds sound in a format that cannot be decoded: convert it to AAC or WAV.")
-            zero, rate = _clock_zero(container, stream), stream.codec_context.sample_rate
+            zero, coder = _clock_zero(container, stream), stream.codec_context
+            rate = _checked_rate(coder.sample_rate, coder.channels, path)
             start = (stream.start_time or 0) * stream.time_base
             to_float = av.AudioResampler(format="fltp")
             for frame in _decode_what_can_be(container, stream):

@@ -20,14 +20,12 @@ TRANSLATION_SCALE = 140.0
 EXPRESSION_SCALE = 286.0
 
 
-def motion_buckets(boxes: np.ndarray, landmarks: np.ndarray) -> tuple[float, float]:
-    """(translation, expression) of a window, each in [0, 128] (SPEC section 6), from boxes [T, 4], landmarks [T, 68, 2].
+def motion_buckets(landmarks: np.ndarray) -> tuple[float, float]:
+    """(translation, expression) of a window, each in [0, 128] (SPEC section 6), from landmarks [T, 68, 2].
 
     translation: standard deviation of the head's position; expression: that of brows, lids and mouth after each tick is
     aligned on the rigid points. Both over the inter-ocular distance, so neither depends on resolution, face size or rate.
     """
-    if len(boxes) != len(landmarks):
-        raise ValueError(f"{len(boxes)} boxes for {len(landmarks)} landmark sets: give one of each per frame.")
     points = np.asarray(landmarks, dtype=np.float64)
     size = np.median(face_size(points))
     head = points[:, RIGID].mean(axis=1) / size  # [T, 2]; the box would move with an opening mouth, these do not

@@ -29,9 +29,8 @@ from sonic.audio import (
     short_windows,
 )
 from sonic.checkpoints import BaseModels, load_base, load_whisper, open_checkpoint, whisper_folder
-from sonic.config import NO_CROP, TICK_RATE, Settings, SonicConfig, UserError
+from sonic.config import MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
-from sonic.motion import MOTION_SCALES
 from sonic.portrait import PortraitPixels, prepare_portrait
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,10 +44,12 @@ Progress = Callable[[int, int], None]  # UNet calls done, of how many
 
 @dataclass
 class AudioFeatures:
-    """features [2 · ticks, S, W] at 50 per second; speech [n] float32 at 16 kHz, or None if the features are all there is."""
+    """features [2 · ticks, S, W] at 50 per second, the name of their extractor, and the speech they came from, [n] float32 at
+    16 kHz. A pipeline that hears with another extractor listens to that speech again."""
 
     features: Tensor
-    speech: np.ndarray | None = None
+    extractor: str
+    speech: np.ndarray
 
 
 @dataclass
@@ -79,7 +80,11 @@ def make_extractor(config: SonicConfig) -> AudioExtractor:
 
 def _extract(audio: str | Path | np.ndarray, extractor: AudioExtractor) -> AudioFeatures:
     speech = audio if isinstance(audio, np.ndarray) else media.load_audio(audio)
-    return AudioFeatures(check_features(extractor(speech), extractor, len(speech)), speech)
+    if speech.ndim != 1 or speech.dtype.kind != "f":
+        raise UserError(
+            f"the speech is an array {speech.dtype} {speech.shape}, expected float32 [n] at 16 kHz, one channel"
+        )
+    return AudioFeatures(check_features(extractor(speech), extractor, len(speech)), extractor.name, speech)
 
 
 def as_image(image: ImageLike) -> Image.Image:
@@ -131,11 +136,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass
 class Speech:
-    """The spoken side of a condition: audio tokens [N, K, D], those of silence [K, D], motion buckets [N, 2]."""
+    """The spoken side of a condition: audio tokens [N, K, D], those of silence [K, D], motion buckets [N, 2], frames per second."""
 
     tokens: Tensor
     silence: Tensor
     buckets: Tensor
+    fps: float
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -170,11 +176,11 @@ class Animator:
             mask=portrait.mask[None].to(self.device),
         )
 
-    def branches(self, still: Portrait, speech: Speech, fps: float) -> sampling.Branches:
+    def branches(self, still: Portrait, speech: Speech) -> sampling.Branches:
         """The three guidance branches as one UNet call of three clips: nothing; the image; image and audio (SPEC.md section 5)."""
         keep_image = torch.tensor([0.0, 1.0, 1.0], device=self.device)
         stills = Portrait(still.latent.expand(3, -1, -1, -1), still.clip.expand(3, -1), still.mask).kept(keep_image)
-        rate = torch.full((3,), fps, device=self.device)
+        rate = torch.full((3,), speech.fps, device=self.device)
 
         def velocities(x: Tensor, sigma: Tensor, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
             quiet = speech.silence.expand(len(indices), -1, -1)
@@ -223,7 +229,7 @@ class Animator:
     ) -> Tensor:
         """The denoised latents [N, 4, H, W] that start from `noise`, like them."""
         sigmas = sampling.noise_levels(self.scheduler, settings.num_inference_steps).to(self.device)
-        velocities = self.branches(still, speech, TICK_RATE / settings.frame_step)
+        velocities = self.branches(still, speech)
         windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))
         total, calls = windows * settings.num_inference_steps, count(1)
 
@@ -294,13 +300,16 @@ class SonicPipeline:
             on_progress: called with the UNet calls done and their total.
             overrides: any field of SonicConfig that is no part of the model, for this call alone.
 
-        Raises UserError for a portrait without a face, features of another extractor, and values out of range.
+        Raises UserError for a portrait without a face and for values out of range.
         """
         config = self._config(overrides, motion_buckets)
         settings = self._settings(config)
-        features = self._checked(audio_features)
-        if num_frames is not None and num_frames < 1:
-            raise UserError(f"num_frames must be at least 1, not {num_frames}")
+        features = self._features(audio_features)
+        if num_frames is not None:
+            try:
+                num_frames = POSITIVE(num_frames)
+            except ValueError as error:
+                raise UserError(f"num_frames {error}") from None
         portrait = prepare_portrait(
             as_image(reference_image),
             settings.resolution,
@@ -318,9 +327,10 @@ class SonicPipeline:
             self.audio_tokens(features, ticks),
             self.animator.denoiser.audio2token.silence(),
             self.motion_buckets(features, ticks, still.clip, config),
+            fps=TICK_RATE / settings.frame_step,
         )
         frames = self.animator.animate(still, speech, settings, config.seed, on_progress)
-        return SonicVideo(frames, TICK_RATE / settings.frame_step, audio_features.speech)
+        return SonicVideo(frames, speech.fps, audio_features.speech)
 
     def save_video(self, video: SonicVideo, output_path: str | Path) -> None:
         """Writes H.264 with AAC sound."""
@@ -380,11 +390,7 @@ class SonicPipeline:
             raise UserError(f"overlap {settings.overlap} must be below the window of {settings.num_frames} frames")
         return settings
 
-    def _checked(self, audio_features: AudioFeatures) -> Tensor:
-        features, expected = audio_features.features, (self.extractor.layers, self.extractor.width)
-        if tuple(features.shape[1:]) != expected:
-            raise UserError(
-                f"these audio features have {tuple(features.shape[1:])} values per step, this model reads {expected}: "
-                "extract them with pipeline.extract_audio_features, or with extract_audio_features(path, config)"
-            )
-        return features
+    def _features(self, audio_features: AudioFeatures) -> Tensor:
+        if audio_features.extractor == self.extractor.name:
+            return audio_features.features
+        return _extract(audio_features.speech, self.extractor).features

@@ -6,6 +6,8 @@ x0, y0, x1, y1 in pixels of the source image.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,9 @@ SIDE_MULTIPLE = 64  # pixels: 8 of the VAE times 8 of the UNet's three halvings
 # CLIP's own normalisation, per RGB channel
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT = 4  # longer side over shorter: at resolution 512, 64 x 5000 pixels would become 512 x 40000
+MIN_CROP = 16  # pixels; a smaller crop is a slip in the face box
+FAR = 1e6  # pixels; a face box that reaches so far is a slip too
 FULL = "full"  # the face box that means: the whole picture
 
 
@@ -80,15 +85,31 @@ def parse_face_box(text: str | None) -> str | tuple[float, float, float, float] 
         x0, y0, x1, y1 = (float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--face_box '{text}' is neither 'full' nor four numbers X0,Y0,X1,Y1") from None
-    if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        raise UserError(f"--face_box '{text}' needs 0 <= X0 < X1 and 0 <= Y0 < Y1")
+    if not (0 <= x0 < x1 < math.inf and 0 <= y0 < y1 < math.inf):
+        raise UserError(f"--face_box '{text}' needs 0 <= X0 < X1 and 0 <= Y0 < Y1, all finite")
     return x0, y0, x1, y1
+
+
+def checked_box(face_box, width: int, height: int, where: str) -> tuple[float, float, float, float]:
+    """A face box as four floats. Raises UserError unless box and mask both cover a pixel of the picture of this size."""
+    of = f"{where} of {width} × {height} pixels"
+    try:
+        x0, y0, x1, y1 = box = tuple(float(side) for side in face_box)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"the face box {face_box} for {of} is neither 'full' nor four numbers X0, Y0, X1, Y1") from None
+    if not all(abs(side) < FAR for side in box):  # NaN is not either
+        raise UserError(f"the face box {box} for {of} needs four finite numbers, in pixels")
+    if not (x0 < x1 and y0 < y1):
+        raise UserError(f"the face box {box} for {of} needs X0 < X1 and Y0 < Y1")
+    if min(x1, width) - max(x0, 0) < 1 or min(y1, height) - max(y0, 0) < 1 or not face_mask(box, width, height).any():
+        raise UserError(f"the face box {box} lies outside {of}, or holds less than one of them: give a larger one")
+    return box
 
 
 def prepare_portrait(
     image: Image.Image,
     image_size: int,
-    face_box: str | tuple[float, float, float, float] | None = None,
+    face_box: str | Sequence[float] | None = None,
     crop: float | None = None,
     clip_size: int = 224,
     where: str = "the portrait",
@@ -96,17 +117,28 @@ def prepare_portrait(
     """Everything the sampler needs of a portrait. `image` is RGB; no `face_box` finds the largest face.
 
     `crop` cuts a square around the face first, the face box grown by that share of itself on each side, as the released
-    preprocessing does with 0.5. Raises UserError when no face is found or the box lies outside the picture.
+    preprocessing does with 0.5. `face_box` is also what `--face_box` takes. Raises UserError when no face is found, for a
+    box that is none or lies outside the picture, for a crop of a few pixels, and for a picture that is a strip.
     """
+    if crop is None and max(image.size) > MAX_ASPECT * min(image.size):
+        raise UserError(
+            f"{where} is {image.width} × {image.height} pixels, more than {MAX_ASPECT} times as long as wide: crop it, "
+            "or cut a square around the face with --crop 0.5"
+        )
+    if isinstance(face_box, str):
+        face_box = parse_face_box(face_box)
     if face_box is None:
         face_box = find_face(image, where)
-    elif face_box == FULL:
-        face_box = (0.0, 0.0, float(image.width), float(image.height))
-    x0, y0, x1, y1 = face_box
-    if x0 >= image.width or y0 >= image.height:
-        raise UserError(f"the face box {face_box} lies outside {where} of {image.width} × {image.height} pixels")
+    elif isinstance(face_box, str):  # full
+        face_box = (0, 0, *image.size)
+    x0, y0, x1, y1 = face_box = checked_box(face_box, *image.size, where)
     if crop is not None:
-        left, top, right, bottom = square_crop(face_box, crop, image.width, image.height)
+        left, top, right, bottom = square_crop(face_box, crop, *image.size)
+        if min(right - left, bottom - top) < MIN_CROP:
+            raise UserError(
+                f"the face box {face_box} in {where} of {image.width} × {image.height} pixels leaves a crop of "
+                f"{right - left} × {bottom - top}: give a larger box, or a --crop that makes it {MIN_CROP} × {MIN_CROP}"
+            )
         image = image.crop((left, top, right, bottom))
         x0, y0, x1, y1 = x0 - left, y0 - top, x1 - left, y1 - top
     size = fitted_size(image.width, image.height, image_size)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from sonic.config import SAMPLES_PER_TICK, UserError
+from sonic.config import FEATURES_PER_TICK, SAMPLES_PER_TICK, TICK_RATE, UserError
 from sonic.faces import track_face
 from sonic.media import VideoReader, load_audio
 
@@ -86,7 +86,7 @@ class PreparedData:
     def table(self) -> str:
         """One line per video that was left out, and a summary, as plain text."""
         videos = len({clip.video for clip in self.clips})
-        seconds = sum(clip.num_ticks for clip in self.clips) / 25
+        seconds = sum(clip.num_ticks for clip in self.clips) / TICK_RATE
         lines = [
             f"{videos} videos used: {len(self.clips)} clips, {seconds:.1f} s; {len(self.left_out)} videos left out"
         ]
@@ -314,20 +314,38 @@ def _save_video(video: _Video, entry: Path) -> None:
 
 
 def _load_video(entry: Path) -> _Video | None:
-    """A cached result, or None where there is none that can be read."""
+    """A cached result, or None where there is none, or one that is damaged or not ours: it is made again."""
     if not entry.exists():
         return None
     try:
         with safe_open(entry, "np") as file:
             facts = json.loads(file.metadata()["video"])
-            starts = facts.pop("starts")
             tracks = [
-                (start, file.get_tensor(f"{n}.boxes"), file.get_tensor(f"{n}.landmarks"))
-                for n, start in enumerate(starts)
+                (int(start), file.get_tensor(f"{n}.boxes"), file.get_tensor(f"{n}.landmarks"))
+                for n, start in enumerate(facts["starts"])
             ]
-    except (SafetensorError, OSError):
+        sizes = [int(facts[name]) for name in ("width", "height", "num_ticks")]
+        video = _Video(facts["reason"], *sizes, tracks, key=entry.stem)
+    # No metadata at all is a TypeError, a missing entry a KeyError, bad JSON a ValueError.
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
-    return _Video(**facts, tracks=tracks, key=entry.stem)
+    return video if _plausible(video) else None
+
+
+def _plausible(video: _Video) -> bool:
+    """Whether a result read from the cache is one that `_look_at` can have given."""
+    if video.reason is not None:
+        return isinstance(video.reason, str) and not video.tracks
+    if not video.tracks or min(video.width, video.height) < 1:
+        return False
+    return all(
+        start >= 0
+        and 0 < len(boxes) <= video.num_ticks - start
+        and boxes.shape == (len(boxes), 4)
+        and landmarks.shape == (len(boxes), 68, 2)
+        and boxes.dtype == landmarks.dtype == np.float32
+        for start, boxes, landmarks in video.tracks
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- stage 2: features
@@ -341,11 +359,11 @@ def _add_clips(
     if not tracks:
         longest = max(len(boxes) for _, boxes, _ in video.tracks)
         data.left_out.append(
-            (name, f"too short: {longest} ticks with a face and sound, needs {needed} (25 per second)")
+            (name, f"too short: {longest} ticks with a face and sound, needs {needed} ({TICK_RATE} per second)")
         )
         return
     features = cache_dir / "features" / extractor.name / f"{video.key}.safetensors"
-    if features.exists():
+    if _features_fit(features, extractor, video.num_ticks):
         data.report.features_reused += 1
     else:
         try:
@@ -359,6 +377,21 @@ def _add_clips(
         Clip(f"{name}@{start}", path, start, boxes, landmarks, features, video.width, video.height)
         for start, boxes, landmarks in tracks
     ]
+
+
+def _features_fit(path: Path, extractor, num_ticks: int) -> bool:
+    """Whether a cached file holds this extractor's features for at least so many ticks; only its header is read."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "np") as file:
+            features = file.get_slice("features")
+            length, *rest = features.get_shape()
+            kind = features.get_dtype()
+    except (SafetensorError, OSError, ValueError):  # damaged, another tensor's file, a single number
+        return False
+    whole = length % FEATURES_PER_TICK == 0 and length >= FEATURES_PER_TICK * num_ticks
+    return whole and rest == [extractor.layers, extractor.width] and kind == "F16"
 
 
 def _save_features(extractor, speech: np.ndarray, path: Path) -> None:

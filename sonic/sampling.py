@@ -11,6 +11,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
+from sonic.denoiser import denoised
+
 # (x [W, C, H, W], sigma scalar, frame indices) -> velocities without anything, with the image, with image and audio
 Branches = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor, Tensor]]
 
@@ -45,9 +47,8 @@ def guide(u: Tensor, m: Tensor, c: Tensor, image_scale: float, audio_scale: floa
 
 
 def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """One Euler step of dx/dsigma = (x - x0)/sigma, written with v so that nothing is divided by a small sigma:
-    (x - x0)/sigma = (sigma x + sqrt(sigma²+1) v) / (sigma²+1)."""
-    slope = (sigma * x + (sigma**2 + 1).sqrt() * velocity) / (sigma**2 + 1)
+    """One Euler step of dx/dsigma = (x - x0)/sigma."""
+    slope = (x - denoised(x, sigma, velocity)) / sigma
     return x + slope * (next_sigma - sigma)
 
 

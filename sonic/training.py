@@ -1,7 +1,8 @@
 """What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state, memory estimate.
 
-Everything random is drawn per sample from (seed, sample number), never from a global generator. So a run that is cut and
-resumed, or that is spread over other numbers of processes, sees the same samples, noise and dropout.
+Everything random is drawn per sample from (seed, sample number), never from a global generator, and a run counts the samples
+it has seen. So a run that is cut and resumed, also with other numbers of workers or processes, goes through the same samples
+with the same noise and dropout, none twice and none left out.
 
 Axes: B clips, F frames of a window, R pixels of a side, H W latent height and width (R / 8).
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,9 +25,9 @@ from einops import rearrange
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sonic.adapters import LONG_WINDOW, SHORT_WINDOW
+from sonic.audio import LONG_LENGTH, SHORT_LENGTH
 from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
-from sonic.config import TrainingConfig
+from sonic.config import Settings, TrainingConfig, UserError
 from sonic.denoiser import Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
@@ -39,20 +41,18 @@ ADAM_BYTES = 8  # two fp32 moments per parameter
 
 
 class SampleNumbers:
-    """The batches of one process, as lists of global sample numbers, from one micro-batch on.
+    """The batches of one process, as lists of global sample numbers: batch i of process r begins at sample
+    first + (i · world + r) · B, so that together the processes go through the samples in order."""
 
-    Batch i of process r begins at sample (i · world + r) · B: the numbers and their order do not depend on the processes.
-    """
-
-    def __init__(self, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1):
-        self.batch_size, self.first, self.last, self.rank, self.world = batch_size, first, last, rank, world
+    def __init__(self, first: int, batches: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.first, self.batches, self.batch_size, self.rank, self.world = first, batches, batch_size, rank, world
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.first, self.last):
-            start = (batch * self.world + self.rank) * self.batch_size
+        for batch in range(self.batches):
+            start = self.first + (batch * self.world + self.rank) * self.batch_size
             yield list(range(start, start + self.batch_size))
 
 
@@ -64,6 +64,14 @@ class Numbered(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> dict:
         return {**self.samples[number], "number": number}
+
+
+def readable(loader: Iterable[dict]) -> Iterator[dict]:
+    """The loader's batches. torch wraps a worker's error into a page of text, of which the last sentence is ours."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
 @dataclass
@@ -161,20 +169,24 @@ class RunState:
     """How far a run is, with the sums behind the next log line: saved and restored with every checkpoint."""
 
     step: int = 0
+    samples: int = 0  # seen by all processes together: the number of the next one
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
-    waited: float = 0.0  # seconds since the last log line that the loop stood waiting for data; not part of the state
+    # Of the time since the last log line, not part of the state: micro-batches, their seconds, those spent waiting for data.
+    timed: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
     def time(self, wait: float, whole: float) -> None:
         """Counts a micro-batch's seconds."""
+        self.timed += 1
         self.waited += wait
         self.seconds += whole
 
     def timing(self) -> tuple[float, float]:
         """Seconds per micro-batch and the share of them spent waiting for data, since the last log line."""
-        timing = self.seconds / max(self.count, 1), self.waited / max(self.seconds, 1e-9)
-        self.waited = self.seconds = 0.0
+        timing = self.seconds / max(self.timed, 1), self.waited / max(self.seconds, 1e-9)
+        self.timed, self.seconds, self.waited = 0, 0.0, 0.0
         return timing
 
     def add(self, **values: float) -> None:
@@ -189,10 +201,11 @@ class RunState:
         return means
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "sums": dict(self.sums), "count": self.count}
+        return {"step": self.step, "samples": self.samples, "sums": dict(self.sums), "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.sums, self.count = state["step"], state["sums"], state["count"]
+        self.step, self.samples = state["step"], state["samples"]
+        self.sums, self.count = dict(state["sums"]), state["count"]
 
 
 class Log:
@@ -200,14 +213,15 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = path.read_text().splitlines() if path.is_file() else []
+        path.write_text("".join(f"{line}\n" for line in lines if self._up_to(line, step)))
 
-    def _lines(self) -> list[str]:
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text().splitlines()
-        return [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
+    @staticmethod
+    def _up_to(line: str, step: int) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except (json.JSONDecodeError, KeyError, TypeError):  # a kill may have cut it
+            return False
 
     def write(self, step: int, values: dict) -> None:
         with self.path.open("a") as file:
@@ -221,8 +235,40 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def save_training_checkpoint(folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint) -> None:
+def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Opens the tracker that the flags name, which writes below the output folder. Raises UserError if it refuses."""
+    settings = {name: str(value) for name, value in vars(config).items()}
+    if config.report_to != "wandb":
+        accelerator.init_trackers("sonic", settings)
+        return
+    import wandb  # only a run that reports there needs it
+
+    try:
+        accelerator.init_trackers("sonic", settings, init_kwargs={"wandb": {"dir": config.output_dir}})
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"wandb refuses to start ({error}): call `wandb login`, or set WANDB_MODE=offline, or use --report_to none"
+        ) from None
+
+
+def resume_state(accelerator: Accelerator, folder: Path) -> None:
+    """Restores optimizer, scheduler, scaler, random states and `RunState`. Raises UserError if the state is damaged."""
+    try:
+        accelerator.load_state(str(folder / "state"))
+    except (OSError, EOFError, pickle.UnpicklingError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the training state in '{folder}' is damaged ({what}): resume from an earlier checkpoint"
+        ) from error
+
+
+def save_training_checkpoint(
+    folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint, state: RunState
+) -> None:
     """Model in our form, in the released form, and all that a resumed run needs. Called by every process."""
+    if state.sums:  # each process has its own; all will resume with the mean
+        own = torch.tensor(list(state.sums.values()), dtype=torch.float64, device=accelerator.device)
+        state.sums = dict(zip(state.sums, accelerator.reduce(own, "mean").tolist(), strict=True))
     accelerator.save_state(str(folder / "state"), safe_serialization=True)
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model)
@@ -274,8 +320,8 @@ def estimate_memory(
             portrait=Portrait(
                 latent[:, 0], torch.zeros(clips, architecture.clip_width), torch.zeros(clips, 1, side, side)
             ),
-            short_windows=torch.zeros(clips, frames, SHORT_WINDOW, architecture.audio_layers, architecture.audio_width),
-            long_windows=torch.zeros(clips, frames, LONG_WINDOW, 1, architecture.audio_width),
+            short_windows=torch.zeros(clips, frames, SHORT_LENGTH, architecture.audio_layers, architecture.audio_width),
+            long_windows=torch.zeros(clips, frames, LONG_LENGTH, 1, architecture.audio_width),
             buckets=torch.zeros(clips, 2),
             fps=torch.zeros(clips),
             keep_audio=torch.ones(clips),
@@ -307,7 +353,7 @@ def optimizer_steps(config: TrainingConfig, clips: int, world: int) -> tuple[int
     return per_epoch, config.max_train_steps or per_epoch * config.num_train_epochs
 
 
-def with_model_defaults(config: TrainingConfig, settings) -> TrainingConfig:
+def with_model_defaults(config: TrainingConfig, settings: Settings) -> TrainingConfig:
     """Window length, frame step and resolution that no flag gave are the model's own."""
     own = {name: getattr(settings, name) for name in ("num_frames", "frame_step", "resolution")}
     return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})

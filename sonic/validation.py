@@ -23,7 +23,7 @@ from sonic.pipeline import Animator, Speech
 from sonic.prepare import Clip
 from sonic.training import Draw, EncodedClip, Encoders, draw
 
-WINDOWS = 8  # fixed windows, of as many different clips as there are
+WINDOWS = 8  # fixed windows, spread over the clips
 GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face (issue: training)
 VIDEO_WINDOWS = 3  # the sample video is at most this many training windows long
 NO_DROPOUT = {"audio_drop_prob": 0.0, "image_drop_prob": 0.0, "both_drop_prob": 0.0}
@@ -42,8 +42,7 @@ class Validation:
     def __init__(self, clips: list[Clip], config: TrainingConfig, settings: Settings, encoders: Encoders):
         self.config, self.settings, self.encoders, self.clips = replace(config, **NO_DROPOUT), settings, encoders, clips
         samples = self._dataset(clips, settings.num_frames)
-        # The dataset's first numbers are different clips, as long as there are some.
-        self.batches = [self._encoded(samples, number) for number in range(min(WINDOWS, max(len(clips), 2)))]
+        self.batches = [self._encoded(samples, number) for number in range(WINDOWS)]
         self.names = [samples[number]["name"] for number in range(len(self.batches))]
 
     def _dataset(self, clips: list[Clip], num_frames: int) -> SonicDataset:
@@ -67,7 +66,7 @@ class Validation:
         means = {
             "validation_loss": np.mean([one.velocity.item() for one in losses]),
             "validation_bucket_loss": np.mean([one.bucket.item() for one in losses]),
-            "token_spread": np.mean([one.token_spread.item() for one in losses]),
+            "validation_token_spread": np.mean([one.token_spread.item() for one in losses]),
         }
         gaps = {f"audio_gap_sigma_{sigma:g}": self._gap(model, sigma) for sigma in GAP_SIGMAS}
         return {name: value if value is None else float(value) for name, value in {**means, **gaps}.items()}
@@ -102,15 +101,17 @@ class Validation:
         sample = self._dataset([clip], frames)[0]
         encoded = self.encoders(default_collate([sample]))
         audio2token = animator.denoiser.audio2token
+        fps = TICK_RATE / self.settings.frame_step
         tokens, buckets = audio2token(encoded.short_windows)[0], encoded.buckets.expand(frames, -1)
-        made = animator.animate(encoded.portrait, Speech(tokens, audio2token.silence(), buckets), self.settings, seed=0)
+        heard = Speech(tokens, audio2token.silence(), buckets, fps)
+        made = animator.animate(encoded.portrait, heard, self.settings, seed=0)
         if path is None:
             return
         truth = rearrange(((sample["frames"] + 1) * 127.5).round().to(torch.uint8), "f c h w -> f h w c").numpy()
         first, last = int(sample["ticks"][0]), int(sample["ticks"][-1]) + self.settings.frame_step
         speech = media.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
         beside = np.concatenate([truth, made], axis=2)
-        media.save_video(beside, path, TICK_RATE / self.settings.frame_step, speech)
+        media.save_video(beside, path, fps, speech)
         for tracker in trackers:
             if tracker.name == "wandb":
                 import wandb  # only a run that reports there needs it

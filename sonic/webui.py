@@ -20,7 +20,7 @@ import gradio as gr
 from PIL import Image
 
 from sonic.checkpoints import ROOT
-from sonic.config import MOTIONS, SEED, SonicConfig, UserError
+from sonic.config import MOTION_SCALES, SEED, SonicConfig, UserError
 from sonic.pipeline import SonicPipeline, as_image
 from sonic.portrait import find_face
 
@@ -92,7 +92,7 @@ def build(pipeline: SonicPipeline) -> gr.Blocks:
                 with gr.Row():
                     # A dynamic scale on the command line stands in the motion's place.
                     motion = gr.Radio(
-                        MOTIONS,
+                        list(MOTION_SCALES),
                         value=config.motion,
                         label="Motion",
                         visible=config.dynamic_scale is None,

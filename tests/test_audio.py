@@ -112,8 +112,8 @@ def test_own_extractor(tmp_path):
     [
         ("nothing.py:Energy", "existing file"),
         ("own.py", "FILE.py:NAME"),
-        ("own.py:Other", "no 'Other'"),
-        ("own.py:np", "np"),
+        ("own.py:Other", "'Other'"),
+        ("own.py:np", "needs name, layers"),
     ],
 )
 def test_own_extractor_that_does_not_exist(tmp_path, monkeypatch, spec, words):

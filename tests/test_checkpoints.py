@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pickle
 import shutil
 
@@ -188,6 +189,81 @@ def test_a_whisper_of_another_size_is_refused(tiny, tmp_path):
     words = r"reads audio features of 2 layers and width 16, but 'whisper' \(.*\) gives 2 layers and width 8"
     with pytest.raises(UserError, match=words):
         open_checkpoint(tiny, whisper_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base_model": None}, "base_model and whisper_path must be paths"),
+        ({"whisper_path": 7}, "base_model and whisper_path must be paths"),
+        ({"architecture": {}}, r"sonic\.json' describes nothing that can be built"),
+        ({"settings": {"num_frames": "four"}}, r"sonic\.json': num_frames must be a whole number"),
+        ({"settings": {"frame_step": 1.5}}, "frame_step must be"),
+        ({"settings": {"crop": "a"}}, "crop must be"),
+        ({"settings": {"speed": 1}}, "describes nothing"),
+        ({"format": 99}, "has format 99, this version reads 1"),
+    ],
+)
+def test_a_broken_index_is_one_sentence(copied, change, words):
+    path = copied / "sonic.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(copied).load()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "load"),
+    [
+        (
+            "sonic.json",
+            {"architecture": {"unet": {"num_attention_heads": [1]}}},
+            lambda path: open_checkpoint(path).load(),
+        ),
+        ("base/vae/config.json", {"block_out_channels": [3, 5]}, lambda path: load_base(path / "base")),
+        ("base/image_encoder/config.json", {"hidden_size": "x"}, lambda path: load_base(path / "base")),
+        ("base/scheduler/scheduler_config.json", {"beta_schedule": "odd"}, lambda path: load_base(path / "base")),
+        ("whisper/config.json", {"encoder_attention_heads": 7}, lambda path: load_whisper(path / "whisper")),
+    ],
+)
+def test_a_broken_configuration_is_one_sentence(copied, file, change, load):
+    content = json.loads((copied / file).read_text())
+    for key, value in change.items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) else value
+        if key == "architecture":
+            content[key]["unet"] = {**json.loads((copied / "sonic.json").read_text())[key]["unet"], **value["unet"]}
+    (copied / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="describes nothing that can be built"):
+        load(copied)
+
+
+def test_a_base_model_of_another_size_is_refused(tiny, copied):
+    path = copied / "base/image_encoder/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "projection_dim": 24}))
+    with pytest.raises(UserError, match=r"reads CLIP embeddings of width 16, but the base model .* gives 24"):
+        open_checkpoint(tiny, base_model=copied / "base")
+
+
+def test_a_crash_between_two_renames_loses_nothing(tmp_path):
+    """Whatever moment it is: the old folder under its own or under its spare name, never none."""
+    (tmp_path / ".checkpoint-5.old").mkdir()
+    (tmp_path / ".checkpoint-5.old/a").write_text("old")
+    assert [path.name for path in training_checkpoints(tmp_path)] == ["checkpoint-5"]
+    assert (tmp_path / "checkpoint-5/a").read_text() == "old"
+
+    class Stop(KeyboardInterrupt):
+        pass
+
+    def stop():
+        calls.append(None)
+        if len(calls) == 2:  # all is written; nothing has been renamed yet
+            (tmp_path / "checkpoint-5").rename(tmp_path / ".checkpoint-5.old")
+            raise Stop
+
+    calls = []
+    with pytest.raises(Stop), atomic_folder(tmp_path / "checkpoint-5", wait=stop) as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "checkpoint-5/a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 def test_atomic_folder(tmp_path):

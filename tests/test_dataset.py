@@ -12,7 +12,7 @@ from test_prepare import Loudness, clip
 
 from sonic.audio import long_windows, short_windows
 from sonic.dataset import SonicDataset, cut, inside, window_square
-from sonic.faces import grow_box, union_box
+from sonic.faces import square_crop, union_box
 from sonic.media import VideoReader, save_video
 from sonic.motion import motion_buckets
 from sonic.prepare import Clip, hold_out, prepare
@@ -59,10 +59,11 @@ def test_a_sample_is_what_it_says(clips):
         ticks = sample["ticks"]
         assert ticks.dtype == torch.int64 and (ticks.diff() == 2).all()
         boxes, landmarks = source.boxes[ticks - source.start], source.landmarks[ticks - source.start]
-        assert torch.allclose(sample["buckets"], torch.tensor(motion_buckets(boxes, landmarks)))
+        assert torch.allclose(sample["buckets"], torch.tensor(motion_buckets(landmarks)))
         square = window_square(boxes, source.width, source.height)
-        path = union_box(boxes)  # SPEC section 6: the union of the window's boxes, grown by 1.1
-        grown = (grow_box(path, 1.1) - np.array([square[0], square[1]] * 2)) * 64 / (square[2] - square[0])
+        low, high = np.split(union_box(boxes), 2)  # SPEC section 6: the union of the window's boxes, grown by 1.1
+        grown = np.concatenate([low - 0.05 * (high - low), high + 0.05 * (high - low)])
+        grown = (grown - np.array([square[0], square[1]] * 2)) * 64 / (square[2] - square[0])
         rows, columns = np.nonzero(sample["mask"][0].numpy() > 0.5)
         edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert np.abs(np.clip(grown, 0, 64) - edges).max() <= 1
@@ -168,6 +169,23 @@ def test_squares_hold_the_path_and_lie_inside():
         assert inside(visible, square).all()
         if np.ptp(union_box(visible).reshape(2, 2), axis=0).max() + 1 <= min(width, height):
             assert x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
+
+
+def test_a_crop_that_is_a_pixel_off_square_is_made_square():
+    rng, off_square = np.random.default_rng(1), 0
+    for _ in range(1000):
+        width, height = (int(side) for side in rng.integers(60, 400, 2))
+        low = rng.integers(0, [width - 20, height - 20])
+        box = np.concatenate([low, rng.integers(low + 10, [width + 1, height + 1])]).astype(np.float32)
+        cropped = square_crop(box, 0.5, width, height)
+        off_square += cropped[2] - cropped[0] != cropped[3] - cropped[1]
+        x0, y0, x1, y1 = square = window_square(box[None], width, height)
+        assert x1 - x0 == y1 - y0 and inside(box[None], square)[0]
+        if np.ptp(box.reshape(2, 2), axis=0).max() + 1 <= min(width, height):
+            assert x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
+        if inside(box[None], cropped)[0]:
+            assert np.abs(np.subtract(square, cropped)).max() <= 1
+    assert off_square > 100
 
 
 def test_over_the_edge_the_edge_is_repeated():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partialmethod
 
 import cv2
 import numpy as np
@@ -15,7 +16,15 @@ import sonic_demo
 from sonic.flags import run
 from sonic.media import VideoReader, load_audio
 from sonic.portrait import prepare_portrait
-from sonic_implementation import SonicConfig, SonicPipeline, SonicVideo, UserError, extract_audio_features, save_video
+from sonic_implementation import (
+    AudioFeatures,
+    SonicConfig,
+    SonicPipeline,
+    SonicVideo,
+    UserError,
+    extract_audio_features,
+    save_video,
+)
 
 PORTRAIT = EXAMPLES / "portrait.jpg"
 
@@ -112,10 +121,12 @@ def test_face_box_and_crop_change_the_picture(tiny, speech, tmp_path):
     assert len({file.read_bytes() for file in files}) == len(files)
 
 
-def test_snippet_as_written(config, speech, tmp_path):
+def test_snippet_as_written(config, speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(SonicConfig, "__init__", partialmethod(SonicConfig.__init__, checkpoint=config.checkpoint))
+    config = SonicConfig()  # stands for the shipped model
     pipeline = SonicPipeline(config)
     image = cv2.imread(str(PORTRAIT))
-    audio_features = extract_audio_features(str(speech), config)
+    audio_features = extract_audio_features(str(speech))
     video = pipeline.generate(
         reference_image=image,
         audio_features=audio_features,
@@ -375,15 +386,25 @@ def test_api_refuses_what_makes_no_sense(pipeline, speech):
         ({"motion_buckets": {"nod": 3}}, "motion bucket 'nod' is unknown"),
         ({"motion_buckets": {"translation": 300}}, "translation_bucket must be a number at least 0 and at most 127"),
         ({"seed": -1}, "seed must be"),
-        ({"num_frames": 0}, "num_frames must be at least 1"),
+        ({"num_frames": 0}, "num_frames must be a whole number at least 1"),
     ):
         with pytest.raises(UserError, match=words):
             pipeline.generate(PORTRAIT, features, **change)
     with pytest.raises(UserError, match=r"uint8 \[H, W, 3\]"):
         pipeline.generate(np.zeros((100, 100, 3)), features)
-    features.features = features.features[:, :1]
-    with pytest.raises(UserError, match=r"this model reads \(2, 16\)"):
-        pipeline.generate(PORTRAIT, features)
+    for array in (np.zeros(16000, np.int16), np.zeros((2, 16000), np.float32)):
+        with pytest.raises(UserError, match=r"expected float32 \[n\] at 16 kHz"):
+            pipeline.extract_audio_features(array)
+    with pytest.raises(UserError, match=r"num_frames must be a whole number"):
+        pipeline.generate(PORTRAIT, features, num_frames=2.5)
+
+
+def test_features_of_another_extractor_are_heard_again(pipeline, speech):
+    """`extract_audio_features` without a config listens with the shipped model's Whisper, whatever the pipeline is."""
+    own = pipeline.extract_audio_features(speech)
+    foreign = AudioFeatures(torch.randn_like(own.features), "another-whisper", own.speech)
+    found, expected = (pipeline.generate(PORTRAIT, features, num_inference_steps=1) for features in (foreign, own))
+    assert np.array_equal(found.frames, expected.frames)
 
 
 def test_script_works_from_any_folder(tiny, speech, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY
 
 from sonic.checkpoints import Architecture
-from sonic.denoiser import Portrait, TrainingBatch, draw_sigma, per_clip, scalings, token_spread
+from sonic.denoiser import Portrait, TrainingBatch, denoised, draw_sigma, per_clip, scalings, token_spread
 
 CLIPS, FRAMES = 2, 4
 
@@ -61,7 +61,7 @@ def test_loss_is_the_weighted_error_of_x0(denoiser, batch):
     sigma = per_clip(batch.sigma, batch.latents)
     x = batch.latents + sigma * batch.noise
     v = denoiser.velocity(x, batch.sigma, batch.portrait, tokens_of(denoiser, batch), batch.buckets, batch.fps)
-    error = denoiser.denoise(x, batch.sigma, v) - batch.latents
+    error = denoised(x, sigma, v) - batch.latents
     expected = (1 + sigma**2) / sigma**2 * error**2
     assert torch.allclose(denoiser(batch).velocity_map, expected.mean(2), rtol=1e-4, atol=1e-5)
 

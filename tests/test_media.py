@@ -1,5 +1,6 @@
 """Media files: time stamps rule, seeking is cheap, what is written can be read, and bad files say what is wrong."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -126,6 +127,33 @@ def test_bad_audio_says_why(tmp_path):
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=reason):
             load_audio(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate"), [(1, 0), (1, 1), (1, 999), (1, 768_001), (1, 2**31 - 1), (1, 2**32 - 1), (0, 16000)]
+)
+def test_a_header_that_claims_an_absurd_rate_is_refused(tmp_path, channels, rate):
+    soundfile.write(tmp_path / "a.wav", tone(0.5), SAMPLE_RATE)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    struct.pack_into("<HI", content, 22, channels, rate)  # the WAV header's places for them
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(UserError, match=r"which no sound has|no readable audio"):
+        load_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(("rate", "reason"), [(500, "500 Hz"), (1_000_000, "1000000 Hz"), (48_000, None)])
+def test_a_header_that_only_ffmpeg_reads_is_checked_too(tmp_path, rate, reason):
+    with av.open(str(tmp_path / "a.mka"), "w", format="matroska") as container:
+        stream = container.add_stream("pcm_s16le", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, rate), np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    if reason is None:
+        assert len(load_audio(tmp_path / "a.mka")) == SAMPLE_RATE
+    else:
+        with pytest.raises(UserError, match=reason):
+            load_audio(tmp_path / "a.mka")
 
 
 # ---------------------------------------------------------------------------------------------------------- video, read

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sonic.faces import landmark_box, track_face
+from sonic.faces import track_face
 from sonic.media import VideoReader
 from sonic.motion import MAX_BUCKET, MOTION_SCALES, RIGID, face_size, motion_buckets, mouth_opening, mouth_width
 
@@ -40,7 +40,7 @@ def talking(opening: float, moves: float = 0.0, ticks=TICKS) -> np.ndarray:
 
 
 def buckets(points: np.ndarray) -> np.ndarray:
-    return np.array(motion_buckets(landmark_box(points), points))
+    return np.array(motion_buckets(points))
 
 
 def similarity(points: np.ndarray, rng) -> np.ndarray:
@@ -99,7 +99,7 @@ def test_ordinary_talking_lies_between_32_and_96(number):
         (track,) = track_face(reader)
     found = np.array(
         [
-            motion_buckets(track.boxes[start : start + span : step], track.landmarks[start : start + span : step])
+            motion_buckets(track.landmarks[start : start + span : step])
             for span, step in ((25, 1), (50, 1), (50, 2))
             for start in range(0, len(track.boxes) - span, 4)
         ]
@@ -120,8 +120,6 @@ def test_mouth_curves():
     assert np.allclose(mouth_opening(turned), opening) and np.allclose(mouth_width(turned), width)
 
 
-def test_scales_and_mismatched_lengths():
+def test_scales_and_rigid_points():
     assert MOTION_SCALES == {"mild": 1.0, "moderate": 1.5, "intense": 2.0}
     assert not set(RIGID) & set(range(48, 68))
-    with pytest.raises(ValueError, match="3 boxes for 50"):
-        motion_buckets(np.zeros((3, 4)), talking(1))

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sonic.prepare
 from sonic.config import UserError
 from sonic.media import VideoReader, load_audio, save_video
-from sonic.prepare import Clip, find_videos, hold_out, prepare
+from sonic.prepare import Clip, PreparedData, find_videos, hold_out, prepare
 
 DATA = Path(__file__).parent / "data"
 SIZES = {"num_frames": 10, "frame_step": 2, "progress": False}
@@ -141,6 +142,73 @@ def test_an_interrupted_run_continues_and_a_changed_file_is_done_again(pieces, t
 
     data = prepare(root, cache, Other(), **SIZES)
     assert (data.report.tracks_made, data.report.features_made) == (0, 2)
+
+
+def damage_of_tracks(entry: Path):
+    """Ways in which a cache entry can be damaged or not ours, each as (name, a function that does it)."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(entry).items()}  # load_file's lie in the file itself
+    with safe_open(entry, "np") as file:
+        facts = json.loads(file.metadata()["video"])
+
+    def rewrite(changes=None, metadata=None, without=(), **more):
+        kept = {name: tensor for name, tensor in (tensors | more).items() if name not in without}
+        save_file(kept, entry, metadata if metadata is not None else {"video": json.dumps(facts | (changes or {}))})
+
+    yield "junk", lambda: entry.write_bytes(b"damaged")
+    yield "empty", lambda: entry.write_bytes(b"")
+    yield "cut", lambda: (rewrite(), os.truncate(entry, entry.stat().st_size - 9))
+    yield "no metadata", lambda: save_file(tensors, entry)
+    yield "other metadata", lambda: rewrite(metadata={"format": "pt"})
+    yield "bad JSON", lambda: rewrite(metadata={"video": "{"})
+    yield "a list", lambda: rewrite(metadata={"video": "[]"})
+    yield "missing keys", lambda: rewrite(metadata={"video": json.dumps({"starts": [0]})})
+    yield "starts that are no list", lambda: rewrite({"starts": 3})
+    yield "starts that are no numbers", lambda: rewrite({"starts": [None]})
+    yield "no tracks", lambda: rewrite({"starts": []})
+    yield "no width", lambda: rewrite({"width": None})
+    yield "too few ticks", lambda: rewrite({"num_ticks": 5})
+    yield "a reason that is no text", lambda: rewrite({"reason": 7})
+    yield "a missing tensor", lambda: rewrite(without=["0.landmarks"])
+    yield "another shape", lambda: rewrite(**{"0.boxes": torch.zeros(25, 3)})
+    yield "another type", lambda: rewrite(**{"0.boxes": torch.zeros(25, 4, dtype=torch.float64)})
+
+
+def damage_of_features(entry: Path):
+    """The same for features, fp16 [50, 2, 3]."""
+    right = load_file(entry)["features"].clone()
+    yield "junk", lambda: entry.write_bytes(b"damaged")
+    yield "cut", lambda: (save_file({"features": right}, entry), os.truncate(entry, entry.stat().st_size - 9))
+    yield "another tensor", lambda: save_file({"states": right}, entry)
+    yield "fp32", lambda: save_file({"features": right.float()}, entry)
+    yield "too short", lambda: save_file({"features": right[:40].clone()}, entry)
+    yield "half a tick", lambda: save_file({"features": torch.zeros(51, 2, 3).half()}, entry)
+    yield "other layers", lambda: save_file({"features": right[:, :1].clone()}, entry)
+    yield "other width", lambda: save_file({"features": right[..., :2].clone()}, entry)
+    yield "one number", lambda: save_file({"features": torch.tensor(1.0).half()}, entry)
+
+
+@pytest.mark.parametrize("part", ["tracks", "features"])
+def test_a_damaged_or_foreign_entry_is_made_again(pieces, tmp_path, monkeypatch, part):
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    root.mkdir()
+    shutil.copy(pieces / "good.mp4", root / "good.mp4")
+    fresh = prepare(root, cache, Loudness(), **SIZES).clips[0]
+    looked_at = sonic.prepare._look_at(root / "good.mp4")
+    monkeypatch.setattr(sonic.prepare, "_look_at", lambda path: looked_at)  # following the face takes its time
+    (entry,) = (path for path in (cache / part).rglob("*.safetensors"))
+    whole = entry.read_bytes()
+    for name, damage in (damage_of_tracks if part == "tracks" else damage_of_features)(entry):
+        damage()
+        assert entry.read_bytes() != whole, name
+        data = prepare(root, cache, Loudness(), **SIZES)
+        made = (data.report.tracks_made, data.report.features_made)
+        assert made == ((1, 0) if part == "tracks" else (0, 1)), name
+        assert entry.read_bytes() == whole, name
+        assert len(data.clips) == 1 and np.array_equal(data.clips[0].landmarks, fresh.landmarks), name
+
+
+def test_the_table_counts_seconds_by_the_clock():
+    assert "3 clips, 20.4 s" in PreparedData([clip("a", 400), clip("a", 100, 400), clip("b", 10)]).table()
 
 
 def deadly(path: Path, entry: Path) -> None:

@@ -115,6 +115,7 @@ def test_adapters(folder):
 def test_sampler(folder):
     case = Case(folder)
     call, sampler = case.call("sampler_call"), case.config["sampler"]
+    assert (sampler["strength"], sampler["noise_aug_strength"]) == (1, 0)  # all that the method does
     base = case.base
     sigmas = noise_levels(base.scheduler, sampler["num_inference_steps"])
     assert error(sigmas, call["sigmas"]) <= 1e-6
@@ -122,7 +123,6 @@ def test_sampler(folder):
     animator = Animator(Denoiser(case.unet, case.audio2token, case.audio2bucket), base, torch.device("cpu"))
     settings = Settings(
         num_frames=sampler["frames_per_window"],
-        frame_step=round(25 / sampler["fps"]),
         shift_offset=sampler["shift_offset"],
         overlap=sampler["overlap"],
         num_inference_steps=sampler["num_inference_steps"],
@@ -137,7 +137,7 @@ def test_sampler(folder):
             mask=call["face_mask"],
         )
         buckets = call["motion_buckets"] * sampler["motion_bucket_scale"]
-        speech = Speech(call["audio_tokens"], call["uncond_audio_tokens"], buckets)
+        speech = Speech(call["audio_tokens"], call["uncond_audio_tokens"], buckets, sampler["fps"])
         latents = animator.latents(still, speech, call["noise"][0], settings)
         video = torch.cat(list(animator.decode_pixels(latents, settings.decode_chunk_size)))
     assert error(latents, call["output_latents"][0]) <= 1e-4

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 from safetensors.torch import load_file
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 import sonic_training
 from sonic.checkpoints import PARTS, load_base, load_whisper, open_checkpoint
@@ -30,6 +30,7 @@ from sonic.training import (
     draw,
     estimate_memory,
     optimizer_steps,
+    readable,
     total_loss,
     with_model_defaults,
 )
@@ -121,6 +122,47 @@ def test_resumed_equals_unbroken_bit_for_bit(unbroken, tiny, clips, cache, tmp_p
     assert same(weights(tmp_path / "checkpoint-4"), weights(unbroken / "checkpoint-4"))
 
 
+def test_a_used_output_folder_is_not_overwritten(unbroken, tiny, clips, cache):
+    before = (unbroken / "log.jsonl").read_text()
+    with pytest.raises(UserError, match="already holds a run: go on with --resume_from_checkpoint latest"):
+        sonic_training.main(flags(tiny, clips, cache, unbroken))
+    assert (unbroken / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "custom_checkpoint_1.pkl", "random_states_0.pkl"])
+def test_a_damaged_state_is_named(unbroken, tiny, clips, cache, tmp_path, file):
+    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2/state" / file).write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"checkpoint-2' is damaged .*resume from an earlier checkpoint"):
+        sonic_training.main(flags(tiny, clips, cache, tmp_path, resume_from_checkpoint="latest"))
+
+
+def test_a_video_deleted_after_preparation(tiny, clips, cache, tmp_path):
+    folder = shutil.copytree(clips, tmp_path / "videos")
+    own = load_whisper(tiny / "whisper")
+    data = prepare(folder, tmp_path / "cache", own, num_frames=4, frame_step=1, progress=False)
+    for clip in data.clips:
+        clip.path.unlink()
+    dataset = SonicDataset(data.clips, num_frames=4, frame_step=1, resolution=64, clip_size=28)
+    for workers in (0, 1):
+        loader = DataLoader(dataset, num_workers=workers, multiprocessing_context="spawn" if workers else None)
+        with pytest.raises(UserError) as stopped:
+            list(readable(loader))
+        assert str(stopped.value).endswith("does not exist: check the path of the video.")
+        assert len(str(stopped.value).splitlines()) == 1
+
+
+def test_model_inside_the_project_from_another_folder(tiny, clips, cache, tmp_path, monkeypatch):
+    """Checkpoints store paths from the project's folder; a run must find them from wherever it is started."""
+    monkeypatch.setattr("sonic.checkpoints.ROOT", tiny.parent)
+    monkeypatch.chdir(tmp_path)
+    arguments = flags(tiny.name, clips, cache, tmp_path / "out", max_train_steps=1, save_steps=1)
+    sonic_training.main(arguments)
+    stored = json.loads((tmp_path / "out/checkpoint-1/sonic.json").read_text())
+    assert (stored["base_model"], stored["whisper_path"]) == ("sonic-tiny/base", "sonic-tiny/whisper")
+    assert open_checkpoint(tmp_path / "out/checkpoint-1").base_model == tiny / "base"
+
+
 def test_workers_do_not_change_the_samples(unbroken, tiny, clips, cache, tmp_path):
     more = {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "num_workers": 2}
     sonic_training.main(flags(tiny, clips, cache, tmp_path, **more))
@@ -135,7 +177,7 @@ def test_killed_and_resumed(tiny, clips, cache, tmp_path):
     while not (tmp_path / "checkpoint-1").exists() and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "checkpoint-1").exists()
     (tmp_path / ".checkpoint-9.partial").mkdir()
 
@@ -158,11 +200,11 @@ def test_validation(tiny, clips, cache, tmp_path, capsys):
             "step",
             "validation_loss",
             "validation_bucket_loss",
-            "token_spread",
+            "validation_token_spread",
             "audio_gap_sigma_1",
             "audio_gap_sigma_3",
         }
-        assert row["validation_loss"] > 0 and row["token_spread"] > 0
+        assert row["validation_loss"] > 0 and row["validation_token_spread"] > 0
         assert row["audio_gap_sigma_1"] != 0 and row["audio_gap_sigma_3"] != 0
     with VideoReader(tmp_path / "validation/step-000002.mp4") as reader:
         assert (reader.info.width, reader.info.height, reader.info.has_audio) == (128, 64, True)
@@ -233,7 +275,7 @@ def test_gap_compares_with_another_clips_audio(parts):
     with torch.no_grad():
         model.audio2token.proj1.weight.zero_()  # deaf
     assert validation.measure(model)["audio_gap_sigma_1"] == 0
-    assert validation.measure(model)["token_spread"] == pytest.approx(0, abs=1e-6)
+    assert validation.measure(model)["validation_token_spread"] == pytest.approx(0, abs=1e-6)
     assert Validation(held_out[:1], config, start.settings, encoders).measure(model)["audio_gap_sigma_1"] is None
 
 
@@ -270,10 +312,10 @@ def test_dropout_shares_are_exclusive():
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_sample_numbers_do_not_depend_on_processes(world):
-    """Every process takes its own share; together they see each number once, in order, from where the run goes on."""
-    steps = [list(zip(*(SampleNumbers(2, 3, 6, rank, world) for rank in range(world)), strict=True))]
-    together = [number for step in steps[0] for part in step for number in part]
-    assert together == list(range(3 * 2 * world, 6 * 2 * world))
+    """Together the processes see each number once, in order, from where the run goes on, however many there are."""
+    shares = [list(SampleNumbers(10, 12 // world, 2, rank, world)) for rank in range(world)]
+    together = [number for step in zip(*shares, strict=True) for share in step for number in share]
+    assert together == list(range(10, 10 + 24))
 
 
 def test_steps_of_an_epoch():
@@ -283,20 +325,20 @@ def test_steps_of_an_epoch():
 
 
 def test_run_state_survives_with_its_sums():
-    state = RunState(step=5)
+    state = RunState(step=5, samples=40)
     state.add(loss=1.0)
     state.add(loss=2.0)
     copy = RunState()
     copy.load_state_dict(json.loads(json.dumps(state.state_dict())))
     copy.add(loss=6.0)
-    assert copy.step == 5 and copy.means() == {"loss": 3.0}
+    assert (copy.step, copy.samples) == (5, 40) and copy.means() == {"loss": 3.0}
     copy.add(loss=4.0)
     assert copy.means() == {"loss": 4.0}
 
 
 def test_log_drops_what_lies_ahead_and_what_was_cut(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lo')
+    path.write_text('{"step": 1}\n{"step": 2}\njunk}\n{"step": 3}\n{"step": 2, "lo')
     Log(path, 2).write(3, {"loss": 1.5})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.5}\n'
 
@@ -406,6 +448,9 @@ def run_script(*arguments):
         ({"resume_from_checkpoint": "/nowhere"}, "/nowhere"),
         ({"speed": "9"}, "unrecognized arguments: --speed"),
         ({"output_dir": "FILE/inside"}, "cannot write to output folder"),
+        ({"learning_rate": "inf"}, "--learning_rate: must be a number"),
+        ({"learning_rate": "1e30"}, "the loss is nan at step 2"),
+        ({"data_root": "EMPTY", "dry_run": True}, "holds no video"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -413,7 +458,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny, clips, cache, tmp_path,
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "FILE").write_text("")
     change = {
-        name: str(value).replace("EMPTY", f"{tmp_path}/EMPTY").replace("FILE", f"{tmp_path}/FILE")
+        name: value
+        if value is True
+        else str(value).replace("EMPTY", f"{tmp_path}/EMPTY").replace("FILE", f"{tmp_path}/FILE")
         for name, value in change.items()
     }
     arguments = flags(tiny, clips, cache, tmp_path / "output", **change)
