@@ -24,7 +24,7 @@ if [ -e "$unfinished" ] || [ ! -x .venv/bin/python ] || ! cmp -s requirements.tx
         fi
         echo "making .venv with $("$maker" --version)"
         # Made in place, as its scripts carry its path. The mark is there before anything else, and goes last.
-        rm -rf .venv
+        rm -rf .venv/bin .venv  # bin first: what is left of a removal that was cut is no environment either
         mkdir .venv
         touch "$unfinished"
         "$maker" -m venv .venv || exit 1

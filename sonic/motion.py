@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # SPEC section 5, times the predicted buckets
 MAX_BUCKET = 128.0  # SPEC section 6
 
 RIGID = [27, 28, 29, 30, 33, 36, 39, 42, 45]  # nose bridge, base of the nose, eye corners: what no muscle moves

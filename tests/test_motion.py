@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sonic.config import MOTION_SCALES
 from sonic.faces import track_face
 from sonic.media import VideoReader
-from sonic.motion import MAX_BUCKET, MOTION_SCALES, RIGID, face_size, motion_buckets, mouth_opening, mouth_width
+from sonic.motion import MAX_BUCKET, RIGID, face_size, motion_buckets, mouth_opening, mouth_width
 
 TICKS = np.arange(50)
 
