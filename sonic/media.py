@@ -15,6 +15,7 @@ import cv2
 import librosa
 import numpy as np
 import soundfile
+from av.video.reformatter import Interpolation
 from PIL import Image, ImageOps
 
 from sonic.config import SAMPLE_RATE, TICK_RATE, UserError
@@ -25,8 +26,9 @@ MIN_IMAGE_SIDE = 64  # pixels; one latent cell of the coarsest UNet level
 MAX_CODER_PADDING = 4096  # samples; the longest block of the common coders
 TIME_TOLERANCE = Fraction(1, 1000)  # seconds; Matroska and WebM round time stamps to a millisecond
 TRUNCATED_AFTER = 0.5  # seconds of promised pictures that may be missing before a file counts as truncated
-# swscale's fast paths darken RGB by one level and a half of 255 on a way there and back.
-EXACT = av.video.reformatter.Interpolation.ACCURATE_RND | av.video.reformatter.Interpolation.FULL_CHR_H_INT
+# swscale's fast paths darken RGB by one level and a half of 255 on a way there and back; these are its exact ones,
+# SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT, as numbers, because PyAV before 18 has no names for them.
+EXACT = 0x40000 | 0x2000
 ALWAYS_ROLL = Fraction(1, 2)  # seconds to decode forward rather than ask where the keyframes are
 LONGEST_ROLL = 2  # seconds to decode forward rather than seek, in files that do not list their keyframes
 
@@ -357,7 +359,7 @@ class VideoReader:
             height,
             "rgb24",
             src_colorspace="ITU709" if untagged and frame.height >= 720 else None,
-            interpolation="AREA" if height < frame.height else av.video.reformatter.Interpolation.BILINEAR | EXACT,
+            interpolation="AREA" if height < frame.height else int(Interpolation.BILINEAR) | EXACT,
             threads=1,
         ).to_ndarray()
         return np.ascontiguousarray(np.rot90(picture, self.info.rotation // 90))
@@ -434,7 +436,7 @@ class VideoWriter:
                 format="yuv420p",
                 dst_colorspace="ITU709",
                 dst_color_range="MPEG",
-                interpolation=av.video.reformatter.Interpolation.BICUBIC | EXACT,
+                interpolation=int(Interpolation.BICUBIC) | EXACT,
                 threads=1,
             )
             frame.pts, frame.time_base = self._frames, 1 / self._fps
