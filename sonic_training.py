@@ -28,11 +28,9 @@ from tqdm import tqdm
 from sonic.audio import load_extractor
 from sonic.checkpoints import (
     Checkpoint,
-    atomic_folder,
     count_base_parameters,
     load_base,
     load_whisper,
-    locate,
     open_checkpoint,
     training_checkpoints,
 )
@@ -60,6 +58,7 @@ from sonic.training import (
     with_model_defaults,
 )
 from sonic.validation import Validation
+from sonic.weights import atomic_folder, locate
 
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:

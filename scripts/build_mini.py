@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, without an install
 
-from sonic.checkpoints import ROOT, atomic_folder, create_checkpoint
+from sonic.checkpoints import create_checkpoint
 from sonic.config import PRESETS, SHIPPED
+from sonic.weights import ROOT, atomic_folder
 
 
 def main() -> None:

@@ -66,11 +66,10 @@ class Portrait:
 
 
 @dataclass
-class TrainingBatch:
-    """Everything one loss needs.
+class ClipBatch:
+    """Clips as the frozen encoders leave them.
 
-    latents [B, F, 4, H, W]; short windows [B, F, 10, S, W']; long windows [B, F, 50, 1, W']; buckets [B, 2]; fps [B];
-    keep_audio and keep_image [B] are 0 where that condition is dropped; sigma [B]; noise like latents.
+    latents [B, F, 4, H, W]; short windows [B, F, 10, S, W']; long windows [B, F, 50, 1, W']; buckets [B, 2]; fps [B].
     """
 
     latents: Tensor
@@ -79,10 +78,19 @@ class TrainingBatch:
     long_windows: Tensor
     buckets: Tensor
     fps: Tensor
-    keep_audio: Tensor
-    keep_image: Tensor
+
+
+@dataclass
+class TrainingBatch(ClipBatch):
+    """Clips with noise: everything one loss needs.
+
+    sigma [B]; noise like latents; keep_audio and keep_image [B] are 0 where that condition is dropped.
+    """
+
     sigma: Tensor
     noise: Tensor
+    keep_audio: Tensor
+    keep_image: Tensor
 
 
 class Losses(NamedTuple):

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH
 from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
 from sonic.config import Settings, TrainingConfig, UserError
-from sonic.denoiser import Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
+from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
@@ -109,16 +109,8 @@ def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> 
 # ---------------------------------------------------------------------------------------------- frozen encoders
 
 
-@dataclass
-class EncodedClip:
+class EncodedClip(ClipBatch):
     """What is left of a batch of samples when the frozen encoders have seen it: all that `TrainingBatch` needs but noise."""
-
-    latents: Tensor
-    portrait: Portrait
-    short_windows: Tensor
-    long_windows: Tensor
-    buckets: Tensor
-    fps: Tensor
 
     def with_noise(self, noise: Draw) -> TrainingBatch:
         """A batch for the loss, on this clip's device."""

@@ -19,10 +19,10 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from sonic.checkpoints import ROOT
 from sonic.config import MOTION_SCALES, SEED, SonicConfig, UserError
 from sonic.pipeline import SonicPipeline, as_image
 from sonic.portrait import find_face
+from sonic.weights import ROOT
 
 MAX_WAITING = 20  # jobs in the queue; who comes later is told so at once
 MAX_UPLOAD = "200mb"  # per file

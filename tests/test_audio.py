@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import OWN_FEATURES
 
 from sonic.audio import (
     CHUNK,
@@ -87,21 +88,8 @@ def test_name_tells_weights_apart(whisper, tiny):
     assert type(again)(again.encoder).name != whisper.name
 
 
-OWN = """
-import numpy as np, torch
-
-class Energy:
-    name, layers, width = "energy", 1, 2
-
-    def __call__(self, speech):
-        ticks = len(speech) // 640
-        steps = torch.from_numpy(speech[: ticks * 640]).reshape(2 * ticks, 320)
-        return torch.stack([steps.square().mean(1), steps.abs().mean(1)], 1)[:, None]
-"""
-
-
 def test_own_extractor(tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py").write_text(OWN_FEATURES)
     extractor = load_extractor(f"{tmp_path}/own.py:Energy")
     assert isinstance(extractor, AudioExtractor)
     assert check_features(extractor(noise(1)), extractor, 16000).shape == (50, 1, 2)
@@ -117,7 +105,7 @@ def test_own_extractor(tmp_path):
     ],
 )
 def test_own_extractor_that_does_not_exist(tmp_path, monkeypatch, spec, words):
-    (tmp_path / "own.py").write_text(OWN.replace("import numpy as np, torch", "import torch\nnp = dict"))
+    (tmp_path / "own.py").write_text(OWN_FEATURES.replace("import numpy as np, torch", "import torch\nnp = dict"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         load_extractor(spec)

@@ -11,18 +11,16 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from sonic.checkpoints import (
     PARTS,
-    atomic_folder,
     count_base_parameters,
     create_whisper,
     load_base,
     load_whisper,
-    locate,
     open_checkpoint,
-    read_tensors,
     save_released,
     training_checkpoints,
 )
 from sonic.config import UserError
+from sonic.weights import atomic_folder, locate, read_tensors
 
 
 @pytest.fixture
@@ -114,7 +112,7 @@ def test_a_missing_part_is_named(copied, part):
 )
 def test_a_missing_folder_comes_with_its_download_command(path, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sonic.checkpoints.ROOT", tmp_path)
+    monkeypatch.setattr("sonic.weights.ROOT", tmp_path)
     with pytest.raises(UserError, match=rf"{path}' does not exist; get it with: {command}"):
         locate(path, "model")
     (tmp_path / path).mkdir(parents=True)

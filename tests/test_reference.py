@@ -18,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from sonic import media
 from sonic.adapters import AudioBucket, AudioToken
 from sonic.audio import WhisperFeatures, frame_ticks, long_windows, short_windows
-from sonic.checkpoints import PARTS, Architecture, BaseModels, load_strict
+from sonic.checkpoints import PARTS, Architecture, BaseModels
 from sonic.config import PRESETS, Settings
 from sonic.denoiser import Denoiser, Portrait
 from sonic.faces import square_crop
@@ -26,6 +26,7 @@ from sonic.pipeline import Animator, Speech
 from sonic.portrait import prepare_portrait
 from sonic.sampling import noise_levels
 from sonic.unet import Conditions, SonicUNet
+from sonic.weights import load_strict
 
 ROOT = Path(os.environ.get("SONIC_REFERENCE_DIR") or Path(__file__).parent / "reference")
 SAMPLER = sorted(path.parent for path in ROOT.glob("*/sampler_call.safetensors"))

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT
+from conftest import OWN_FEATURES, ROOT
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, default_collate
 
@@ -151,7 +151,7 @@ def test_a_video_deleted_after_preparation(tiny, clips, cache, tmp_path):
 
 def test_model_inside_the_project_from_another_folder(tiny, clips, cache, tmp_path, monkeypatch):
     """Checkpoints store paths from the project's folder; a run must find them from wherever it is started."""
-    monkeypatch.setattr("sonic.checkpoints.ROOT", tiny.parent)
+    monkeypatch.setattr("sonic.weights.ROOT", tiny.parent)
     monkeypatch.chdir(tmp_path)
     arguments = flags(tiny.name, clips, cache, tmp_path / "out", max_train_steps=1, save_steps=1)
     sonic_training.main(arguments)
@@ -378,21 +378,8 @@ def test_accumulation_equals_a_larger_batch(tiny, clips, cache, tmp_path):
         assert losses(tmp_path / "one")[step] == pytest.approx(expected, rel=1e-3)
 
 
-OWN = """
-import numpy as np, torch
-
-class Energy:
-    name, layers, width = "energy", 1, 2
-
-    def __call__(self, speech):
-        ticks = len(speech) // 640
-        steps = torch.from_numpy(speech[: ticks * 640]).reshape(2 * ticks, 320)
-        return torch.stack([steps.square().mean(1), steps.abs().mean(1)], 1)[:, None]
-"""
-
-
 def test_training_on_own_audio_features(tiny, clips, cache, tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py").write_text(OWN_FEATURES)
     spec = f"{tmp_path}/own.py:Energy"
     base = {"model_path": tiny / "base", "audio_extractor": spec, "num_frames": 4, "frame_step": 1, "resolution": 64}
     sonic_training.main(flags(tiny, clips, cache, tmp_path / "out", max_train_steps=1, save_steps=1, **base))

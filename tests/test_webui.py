@@ -17,10 +17,11 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from sonic import webui
-from sonic.checkpoints import ROOT, create_checkpoint
+from sonic.checkpoints import create_checkpoint
 from sonic.config import PRESETS, SAMPLE_RATE, SonicConfig
 from sonic.media import VideoReader
 from sonic.pipeline import SonicPipeline
+from sonic.weights import ROOT
 
 PORTRAIT = ROOT / "examples/portrait.jpg"
 SECONDS = 0.4

@@ -1,0 +1,185 @@
+"""Weights and configurations on disk: where they lie, strict loads that name what is wrong, folders that appear whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sonic.config import BASE_MODEL, CHECKPOINTS, RELEASED, SHIPPED, WHISPER, UserError
+
+DOWNLOADS = {
+    BASE_MODEL: f"hf download stabilityai/stable-video-diffusion-img2vid-xt --local-dir {BASE_MODEL}",
+    WHISPER: f"hf download openai/whisper-tiny --local-dir {WHISPER}",
+    RELEASED: f"hf download LeonJoe13/Sonic --include 'Sonic/*' --local-dir {CHECKPOINTS}",
+    SHIPPED: "bash scripts/quickstart.sh",
+}
+# The project's own folder: its checkpoints/ is found from any current folder.
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def described_by(path: Path) -> Iterator[None]:
+    """Building something from a configuration file: what goes wrong then is the file's fault, and says so."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from None
+    except Exception as error:  # every library has its own kinds for a value that it does not like
+        raise UserError(f"'{path}' describes nothing that can be built: {type(error).__name__}: {error}") from error
+
+
+def locate(path: str | Path, what: str) -> Path:
+    """The folder a path names, seen from here or, if relative, from the project. Raises UserError with the download command."""
+    path = Path(path)
+    for candidate in (path, ROOT / path):
+        if candidate.is_dir():
+            return candidate.resolve()
+    raise UserError(f"{what} folder '{path}' does not exist{how_to_get(path)}")
+
+
+def portable(path: Path | None) -> str | None:
+    """A path to store: a relative one as it is; from the project's folder if it lies inside, so that the project may move."""
+    if path is None:
+        return None
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def how_to_get(path: Path) -> str:
+    for folder, command in DOWNLOADS.items():
+        if Path(folder).name in Path(path).parts:
+            return f"; get it with: {command}"
+    return ""
+
+
+def find_weights(folder: Path, stem: str) -> Path:
+    """The weights file of a part: `stem.safetensors`, its fp16 variant, or `stem.bin`. Raises UserError if there is none."""
+    names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin", f"{stem}.fp16.bin"]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"no weights in '{folder}': looked for {', '.join(names)}{how_to_get(folder)}")
+
+
+def read_json(path: Path) -> dict:
+    """A configuration file. Raises UserError if it is missing or no JSON object."""
+    if not path.is_file():
+        raise UserError(f"'{path}' is missing{how_to_get(path.parent)}")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not a JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' is not a JSON object")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth or .bin file, on the CPU. Raises UserError if it is missing, broken or no state dict."""
+    if not path.is_file():
+        raise UserError(f"'{path}' is missing{how_to_get(path.parent)}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"'{path}' cannot be read as weights, download it again: {str(error).splitlines()[0]}"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"'{path}' holds something else than a state dict")
+    return tensors
+
+
+def load_strict(
+    module: nn.Module, tensors: dict[str, Tensor], source: Path, dtype=torch.float32, missing_ok: str = ""
+) -> None:
+    """Fills a module that may be on the meta device. Raises UserError that names the tensor, what was expected and what was found.
+
+    Only parameters whose name contains `missing_ok` may be absent; they are left as they are.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    # transformers once saved these index buffers with the weights; they are rebuilt, not loaded.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    for name, shape in expected.items():
+        if name not in tensors:
+            if not missing_ok or missing_ok not in name:
+                raise UserError(
+                    f"'{source}' has no tensor '{name}' (expected shape {shape}): it is of another architecture"
+                )
+        elif tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape)
+            raise UserError(
+                f"'{source}': tensor '{name}' has shape {found}, expected {shape}: it is of another architecture"
+            )
+    unknown = sorted(set(tensors) - set(expected))
+    if unknown:
+        raise UserError(f"'{source}' has {len(unknown)} tensors that do not belong here, '{unknown[0]}' for one")
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    module.load_state_dict(tensors, strict=not missing_ok, assign=True)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict as safetensors takes it: on the CPU, contiguous."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which takes the name `path` at the end and not before: a kill leaves the old state.
+
+    A folder that already has that name is replaced. Of several processes that fill it together, one is `main`, and `wait`
+    is their barrier.
+    """
+    unfinished, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    try:
+        if main:
+            restore(old, path)
+            _remove(unfinished)
+            unfinished.mkdir(parents=True)
+        wait()
+        yield unfinished
+        wait()
+        if main:
+            for file in [*unfinished.rglob("*"), unfinished]:
+                _flush(file)
+            if path.exists():
+                path.rename(old)
+            unfinished.rename(path)
+            _flush(path.parent)
+        wait()
+    finally:
+        if main:
+            restore(old, path)
+            _remove(unfinished)
+
+
+def restore(old: Path, path: Path) -> None:
+    """Between two renames there is a moment without `path`; if that was the end, the old folder takes its name again."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _flush(path: Path) -> None:
+    """Asks the operating system to put a file's or folder's content on the disk before the rename that makes it count."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
