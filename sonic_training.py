@@ -51,7 +51,6 @@ from sonic.training import (
     readable,
     resume_state,
     save_training_checkpoint,
-    seed_everything,
     start_trackers,
     total_loss,
     used_memory,
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
     train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
 
-    seed_everything(config.seed)
+    torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
     model = start.load().train()
     model.unet.freeze_unused()
     if config.gradient_checkpointing:
@@ -137,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_frames=config.num_frames,
         frame_step=config.frame_step,
         resolution=config.resolution,
-        clip_size=encoders.image_encoder.config.image_size,
+        clip_size=base.image_encoder.config.image_size,
         seed=config.seed,
     )
     accumulated = config.gradient_accumulation_steps

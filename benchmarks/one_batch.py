@@ -49,7 +49,7 @@ def main() -> None:
         num_frames=config.num_frames,
         frame_step=config.frame_step,
         resolution=config.resolution,
-        clip_size=encoders.image_encoder.config.image_size,
+        clip_size=encoders.base.image_encoder.config.image_size,
         seed=config.seed,
     )
     numbers = list(range(flags.batch))

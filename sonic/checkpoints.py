@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -57,6 +58,15 @@ class BaseModels:
         """The same, with the models moved to a device."""
         return BaseModels(self.vae.to(device), self.image_encoder.to(device), self.scheduler)
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels [n, 3, 8 H, 8 W] in -1..1 -> the mean of the VAE's posterior, *not* scaled, float32 [n, 4, H, W]."""
+        return self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+
+    def embeddings(self, clip_pixels: Tensor) -> Tensor:
+        """Normalised pixels [n, 3, S, S] -> CLIP embeddings, float32 [n, E]."""
+        encoder = self.image_encoder
+        return encoder(clip_pixels.to(encoder.device, encoder.dtype)).image_embeds.float()
+
 
 def count_base_parameters(folder: Path) -> int:
     """Parameters of the frozen VAE and CLIP encoder of a Stable Video Diffusion folder, without loading them."""
@@ -66,10 +76,11 @@ def count_base_parameters(folder: Path) -> int:
 
 def _empty_base(folder: Path) -> tuple[AutoencoderKLTemporalDecoder, CLIPVisionModelWithProjection]:
     vae_path, clip_path = folder / "vae/config.json", folder / "image_encoder/config.json"
+    vae_config, clip_config = read_json(vae_path), read_json(clip_path)
     with init_empty_weights(), described_by(vae_path):
-        vae = AutoencoderKLTemporalDecoder.from_config(read_json(vae_path))
+        vae = AutoencoderKLTemporalDecoder.from_config(vae_config)
     with init_empty_weights(), described_by(clip_path):
-        return vae, CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(read_json(clip_path)))
+        return vae, CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(clip_config))
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32) -> BaseModels:
@@ -83,15 +94,17 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, vae_dtype: torch
         load_strict(part, read_tensors(path), path, kind)
         part.eval().requires_grad_(False)
     path = folder / "scheduler/scheduler_config.json"
+    config = read_json(path)
     with described_by(path):
-        scheduler = EulerDiscreteScheduler.from_config(read_json(path))
+        scheduler = EulerDiscreteScheduler.from_config(config)
     return BaseModels(vae, image_encoder, scheduler)
 
 
 def load_whisper(folder: Path) -> WhisperFeatures:
     """The encoder of a Whisper folder as a feature extractor."""
+    config = read_json(folder / "config.json")
     with init_empty_weights(), described_by(folder / "config.json"):
-        encoder = WhisperEncoder(WhisperConfig.from_dict(read_json(folder / "config.json")))
+        encoder = WhisperEncoder(WhisperConfig.from_dict(config))
     # transformers' old name for .bin files is another stem
     path = find_weights(folder, "pytorch_model" if (folder / "pytorch_model.bin").is_file() else "model")
     tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path).items()}
@@ -203,8 +216,9 @@ def open_checkpoint(
         what = f"it has neither {INDEX} nor unet.pth nor a unet/ folder"
         raise UserError(f"'{folder}' is no checkpoint: {what}{how_to_get(folder)}")
     whisper = None if extractor else whisper_folder(folder, whisper_path)
-    checkpoint = opener(folder, whisper, extractor)
-    _check_sizes(checkpoint, folder, extractor or _WhisperSize.of(whisper))
+    audio = extractor or _WhisperSize.of(whisper)
+    checkpoint = opener(folder, whisper, audio)
+    _check_sizes(checkpoint, folder, audio)
     return checkpoint
 
 
@@ -247,25 +261,24 @@ def _read_index(folder: Path) -> dict:
     return index
 
 
-def _open_own(folder: Path, whisper: Path | None, extractor: AudioExtractor | None, base_model) -> Checkpoint:
+def _open_own(folder: Path, whisper: Path | None, audio: AudioExtractor | _WhisperSize, base_model) -> Checkpoint:
     index = _read_index(folder)
     with described_by(folder / INDEX):
         architecture, settings = Architecture(**index["architecture"]), Settings(**index["settings"])
-    given = extractor.name if extractor else WHISPER_NAME
-    if given != architecture.audio_name:
+    if audio.name != architecture.audio_name:
         raise UserError(
-            f"'{folder}' was trained on audio features '{architecture.audio_name}', not '{given}': "
+            f"'{folder}' was trained on audio features '{architecture.audio_name}', not '{audio.name}': "
             "give the extractor it was trained with (--audio_extractor FILE.py:NAME)"
         )
     base = _beside(folder, base_model or index["base_model"], "base model")
     return Checkpoint(architecture, settings, {part: folder / f"{part}.safetensors" for part in PARTS}, base, whisper)
 
 
-def _open_released(folder: Path, whisper: Path | None, extractor: AudioExtractor | None, base_model) -> Checkpoint:
+def _open_released(folder: Path, whisper: Path | None, audio: AudioExtractor | _WhisperSize, base_model) -> Checkpoint:
     base = locate(base_model or BASE_MODEL, "base model")
     paths = {part: folder / f"{part}.pth" for part in PARTS}
     token, bucket = read_tensors(paths["audio2token"]), read_tensors(paths["audio2bucket"])
-    architecture = _architecture_for(base, extractor or _WhisperSize.of(whisper))
+    architecture = _architecture_for(base, audio)
     if "proj3.weight" not in token or "proj3.weight" not in bucket:
         raise UserError(f"'{folder}': audio2token.pth or audio2bucket.pth has no tensor 'proj3.weight'")
     # The files carry no configuration: what the base folder does not say stands in the adapters' last layers.
@@ -279,8 +292,8 @@ def _open_released(folder: Path, whisper: Path | None, extractor: AudioExtractor
     return Checkpoint(architecture, Settings(), paths, base, whisper)
 
 
-def _open_base(folder: Path, whisper: Path | None, extractor: AudioExtractor | None) -> Checkpoint:
-    architecture = _architecture_for(folder, extractor or _WhisperSize.of(whisper))
+def _open_base(folder: Path, whisper: Path | None, audio: AudioExtractor | _WhisperSize) -> Checkpoint:
+    architecture = _architecture_for(folder, audio)
     return Checkpoint(
         architecture, Settings(), {"unet": find_weights(folder / "unet", "diffusion_pytorch_model")}, folder, whisper
     )
@@ -294,8 +307,9 @@ def _architecture_for(base: Path, audio: AudioExtractor | _WhisperSize) -> Archi
 
 def _clip_width(base: Path) -> int:
     path = base / "image_encoder/config.json"
+    config = read_json(path)
     with described_by(path):
-        return read_json(path)["projection_dim"]
+        return config["projection_dim"]
 
 
 @dataclass
@@ -354,7 +368,5 @@ def training_checkpoints(output_dir: Path) -> list[Path]:
     """The complete `checkpoint-STEP` folders of a run, by step."""
     for old in output_dir.glob(".checkpoint-*.old"):
         restore(old, output_dir / old.name.removeprefix(".").removesuffix(".old"))
-    found = {
-        int(path.name.rpartition("-")[2]): path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()
-    }
-    return [found[step] for step in sorted(found)]
+    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    return [output_dir / f"checkpoint-{step}" for step in sorted(map(int, filter(str.isdigit, steps)))]

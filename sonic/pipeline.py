@@ -152,6 +152,12 @@ def as_ramp(scale: float | tuple[float, float]) -> tuple[float, float]:
     return (scale[0], scale[1]) if isinstance(scale, tuple | list) else (scale, scale)
 
 
+def to_pictures(pixels: Tensor) -> np.ndarray:
+    """Pixels [n, 3, H, W] in about -1..1 -> uint8 [n, H, W, 3]."""
+    pictures = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pictures.permute(0, 2, 3, 1).cpu().numpy()
+
+
 class Animator:
     """The models of a pipeline and what they do to tensors: conditions in, frames out. Training validates with it too."""
 
@@ -164,15 +170,13 @@ class Animator:
     ):
         """Everything must already be on `device`. `autocast` is for the denoiser alone: the VAE overflows in fp16."""
         self.denoiser, self.device, self.autocast = denoiser, device, autocast
-        self.vae, self.image_encoder, self.scheduler = base.vae, base.image_encoder, base.scheduler
+        self.base = base
 
     def encode_portrait(self, portrait: PortraitPixels) -> Portrait:
         """Reference latent [1, 4, H, W] (the VAE's mode, not scaled), CLIP embedding [1, E] and face mask [1, 1, h, w]."""
-        pixels = portrait.pixels[None].to(self.device, self.vae.dtype)
-        clip = portrait.clip_pixels[None].to(self.device, self.image_encoder.dtype)
         return Portrait(
-            latent=self.vae.encode(pixels).latent_dist.mode().float(),
-            clip=self.image_encoder(clip).image_embeds.float(),
+            latent=self.base.latents(portrait.pixels[None]),
+            clip=self.base.embeddings(portrait.clip_pixels[None]),
             mask=portrait.mask[None].to(self.device),
         )
 
@@ -195,14 +199,14 @@ class Animator:
     def decode(self, latents: Tensor, chunk: int) -> Iterator[np.ndarray]:
         """Latents [N, 4, H, W] -> frames uint8 [n, 8 H, 8 W, 3], `chunk` at a time."""
         for part in self.decode_pixels(latents, chunk):
-            pixels = ((part.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            yield pixels.permute(0, 2, 3, 1).cpu().numpy()
+            yield to_pictures(part)
 
     def decode_pixels(self, latents: Tensor, chunk: int) -> Iterator[Tensor]:
         """Latents [N, 4, H, W] -> pixels [n, 3, 8 H, 8 W] in about -1..1, `chunk` at a time."""
+        vae = self.base.vae
         for part in latents.split(chunk):
-            part = (part / self.vae.config.scaling_factor).to(self.vae.dtype)
-            yield self.vae.decode(part, num_frames=len(part)).sample
+            part = (part / vae.config.scaling_factor).to(vae.dtype)
+            yield vae.decode(part, num_frames=len(part)).sample
 
     def animate(
         self,
@@ -228,7 +232,7 @@ class Animator:
         on_progress: Progress | None = None,
     ) -> Tensor:
         """The denoised latents [N, 4, H, W] that start from `noise`, like them."""
-        sigmas = sampling.noise_levels(self.scheduler, settings.num_inference_steps).to(self.device)
+        sigmas = sampling.noise_levels(self.base.scheduler, settings.num_inference_steps).to(self.device)
         velocities = self.branches(still, speech)
         windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))
         total, calls = windows * settings.num_inference_steps, count(1)
@@ -243,7 +247,7 @@ class Animator:
         with tqdm(total=total, desc="denoising", unit="window", disable=None, leave=False) as bar:
             *_, latents = sampling.sample(
                 counted,
-                still.latent * self.vae.config.scaling_factor + sigmas[0] * noise,
+                still.latent * self.base.vae.config.scaling_factor + sigmas[0] * noise,
                 sigmas,
                 window=settings.num_frames,
                 overlap=settings.overlap,
@@ -315,7 +319,7 @@ class SonicPipeline:
             settings.resolution,
             face_box,
             settings.crop,
-            self.animator.image_encoder.config.image_size,
+            self.animator.base.image_encoder.config.image_size,
             where=str(reference_image) if isinstance(reference_image, str | Path) else "the portrait",
         )
         ticks = frame_ticks(features, settings.frame_step)[:num_frames]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,17 +91,17 @@ def generator_for(seed: int, number: int) -> torch.Generator:
 def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> Draw:
     """Noise level, noise of this shape per sample, and dropout: audio, image and both exclude each other (SPEC.md section 6)."""
     sigmas, noises, audio, image = [], [], [], []
+    no_audio = config.audio_drop_prob
+    no_image = no_audio + config.image_drop_prob
+    neither = no_image + config.both_drop_prob
     for number in numbers:
         generator = generator_for(config.seed, number)
         sigmas.append(draw_sigma(1, generator))
         noises.append(torch.randn(shape, generator=generator))
         chance = torch.rand((), generator=generator).item()
-        no_audio = chance < config.audio_drop_prob
-        no_image = not no_audio and chance < config.audio_drop_prob + config.image_drop_prob
-        neither = config.audio_drop_prob + config.image_drop_prob <= chance
-        neither &= chance < config.audio_drop_prob + config.image_drop_prob + config.both_drop_prob
-        audio.append(not (no_audio or neither))
-        image.append(not (no_image or neither))
+        # In this order along 0..1: no audio, no image, neither, and the rest with both.
+        audio.append(not (chance < no_audio or no_image <= chance < neither))
+        image.append(not no_audio <= chance < neither)
     return Draw(torch.cat(sigmas), torch.stack(noises), torch.tensor(audio).float(), torch.tensor(image).float())
 
 
@@ -119,32 +118,27 @@ class EncodedClip(ClipBatch):
 
 
 class Encoders:
-    """The frozen VAE and CLIP encoder on the training device."""
+    """The frozen VAE and CLIP encoder, which must already be on the training device."""
 
     def __init__(self, base: BaseModels, device: torch.device):
-        self.vae, self.image_encoder, self.device = base.vae.to(device), base.image_encoder.to(device), device
+        self.base, self.device = base, device
 
     @torch.no_grad()
     def __call__(self, samples: dict) -> EncodedClip:
         """Collated samples of `SonicDataset` -> latents [B, F, 4, H, W] (scaled) and conditions."""
         # Contiguous, as workers deliver them: another memory layout would round differently.
-        frames = samples["frames"].to(self.device, self.vae.dtype).contiguous()
-        latents = [self._mode(part) for part in rearrange(frames, "b f c h w -> (b f) c h w").split(VAE_BATCH)]
+        frames = samples["frames"].contiguous()
+        latents = [self.base.latents(part) for part in rearrange(frames, "b f c h w -> (b f) c h w").split(VAE_BATCH)]
         latents = rearrange(torch.cat(latents), "(b f) c h w -> b f c h w", b=len(frames))
-        clip = self.image_encoder(samples["clip_pixels"].to(self.device, self.image_encoder.dtype)).image_embeds
-        reference = self._mode(samples["reference"].to(self.device, self.vae.dtype))
+        reference, clip = self.base.latents(samples["reference"]), self.base.embeddings(samples["clip_pixels"])
         return EncodedClip(
-            latents=latents * self.vae.config.scaling_factor,
-            portrait=Portrait(reference, clip.float(), samples["mask"].to(self.device)),
+            latents=latents * self.base.vae.config.scaling_factor,
+            portrait=Portrait(reference, clip, samples["mask"].to(self.device)),
             short_windows=samples["audio_windows"].to(self.device),
             long_windows=samples["bucket_windows"].to(self.device),
             buckets=samples["buckets"].to(self.device).float(),
             fps=samples["fps"].to(self.device).float(),
         )
-
-    def _mode(self, pixels: Tensor) -> Tensor:
-        """The mean of the VAE's posterior, not scaled: the same latents every time a frame is seen."""
-        return self.vae.encode(pixels).latent_dist.mode().float()
 
 
 def total_loss(losses: Losses) -> Tensor:
@@ -217,13 +211,6 @@ class Log:
     def write(self, step: int, values: dict) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def seed_everything(seed: int) -> None:
-    """For what is not drawn per sample: the start weights of new adapters."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -19,9 +18,9 @@ from sonic import media
 from sonic.config import SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Denoiser, TrainingBatch
-from sonic.pipeline import Animator, Speech
+from sonic.pipeline import Animator, Speech, to_pictures
 from sonic.prepare import Clip
-from sonic.training import Draw, EncodedClip, Encoders, draw
+from sonic.training import Encoders, draw
 
 WINDOWS = 8  # fixed windows, spread over the clips
 GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face (issue: training)
@@ -42,8 +41,12 @@ class Validation:
     def __init__(self, clips: list[Clip], config: TrainingConfig, settings: Settings, encoders: Encoders):
         self.config, self.settings, self.encoders, self.clips = replace(config, **NO_DROPOUT), settings, encoders, clips
         samples = self._dataset(clips, settings.num_frames)
-        self.batches = [self._encoded(samples, number) for number in range(WINDOWS)]
-        self.names = [samples[number]["name"] for number in range(len(self.batches))]
+        self.batches, self.names = [], []
+        for number in range(WINDOWS):
+            sample = samples[number]
+            encoded = encoders(default_collate([sample]))
+            self.batches.append((encoded, draw(self.config, [number], encoded.latents.shape[1:])))
+            self.names.append(sample["name"])
 
     def _dataset(self, clips: list[Clip], num_frames: int) -> SonicDataset:
         return SonicDataset(
@@ -51,13 +54,9 @@ class Validation:
             num_frames=num_frames,
             frame_step=self.settings.frame_step,
             resolution=self.settings.resolution,
-            clip_size=self.encoders.image_encoder.config.image_size,
+            clip_size=self.encoders.base.image_encoder.config.image_size,
             seed=0,
         )
-
-    def _encoded(self, samples: SonicDataset, number: int) -> tuple[EncodedClip, Draw]:
-        encoded = self.encoders(default_collate([samples[number]]))
-        return encoded, draw(self.config, [number], encoded.latents.shape[1:])
 
     @torch.no_grad()
     def measure(self, model: Denoiser) -> dict[str, float]:
@@ -107,7 +106,7 @@ class Validation:
         made = animator.animate(encoded.portrait, heard, self.settings, seed=0)
         if path is None:
             return
-        truth = rearrange(((sample["frames"] + 1) * 127.5).round().to(torch.uint8), "f c h w -> f h w c").numpy()
+        truth = to_pictures(sample["frames"])
         first, last = int(sample["ticks"][0]), int(sample["ticks"][-1]) + self.settings.frame_step
         speech = media.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
         beside = np.concatenate([truth, made], axis=2)
@@ -117,7 +116,6 @@ class Validation:
                 import wandb  # only a run that reports there needs it
 
                 tracker.log({"validation_video": wandb.Video(str(path))}, step=step)
-            if (
-                tracker.name == "tensorboard"
-            ):  # its own video writer wants an old moviepy; every fifth frame tells as much
+            if tracker.name == "tensorboard":
+                # Its own video writer wants an old moviepy; every fifth frame tells as much.
                 tracker.writer.add_images("validation_frames", beside[::5], step, dataformats="NHWC")

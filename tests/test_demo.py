@@ -159,7 +159,7 @@ def test_reference_latent_is_the_vaes_mode_unscaled(pipeline):
     portrait = prepare_portrait(Image.open(PORTRAIT), 64, clip_size=28)
     with torch.no_grad():
         still = pipeline.animator.encode_portrait(portrait)
-        expected = pipeline.animator.vae.encode(portrait.pixels[None]).latent_dist.mode()
+        expected = pipeline.animator.base.vae.encode(portrait.pixels[None]).latent_dist.mode()
     assert torch.equal(still.latent, expected)
     assert still.clip.shape == (1, 16) and torch.equal(still.mask, portrait.mask[None])
 

@@ -236,8 +236,8 @@ def test_latents_are_the_vaes_mode(parts):
     dataset = SonicDataset(parts[2].clips, num_frames=4, frame_step=1, resolution=64, clip_size=28, seed=0)
     sample = dataset[1]
     with torch.no_grad():
-        mode = encoders.vae.encode(sample["frames"]).latent_dist.mode()
-        reference = encoders.vae.encode(sample["reference"][None]).latent_dist.mode()
+        mode = encoders.base.vae.encode(sample["frames"]).latent_dist.mode()
+        reference = encoders.base.vae.encode(sample["reference"][None]).latent_dist.mode()
     assert torch.allclose(clip.latents[1], mode * 0.18215, atol=1e-5)
     assert torch.allclose(clip.portrait.latent[1], reference[0], atol=1e-5)  # not scaled
 
