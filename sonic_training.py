@@ -45,8 +45,10 @@ from sonic.training import (
     Numbered,
     RunState,
     SampleNumbers,
+    audio_windows,
     draw,
     estimate_memory,
+    lip_loss,
     optimizer_steps,
     readable,
     resume_state,
@@ -58,6 +60,8 @@ from sonic.training import (
 )
 from sonic.validation import Validation
 from sonic.weights import atomic_folder, locate
+
+WINDOWS_TO_FIT = 4096  # of audio features, for --init_audio2token
 
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
@@ -102,6 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
     model = start.load().train()
     model.unet.freeze_unused()
+    if config.init_audio2token and not resumed:
+        model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     half = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32  # SVD's VAE overflows in fp16
@@ -194,16 +200,20 @@ def main(arguments: list[str] | None = None) -> None:
     for samples in readable(loader):
         waited = time.perf_counter() - clock
         with accelerator.accumulate(model):
-            clip = encoders(samples)
+            clip = encoders(samples).repeated(config.noise_draws)
             noise = draw(config, samples["number"].tolist(), clip.latents.shape[1:])
             losses = model(clip.with_noise(noise))
-            accelerator.backward(total_loss(losses))
+            lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
+            accelerator.backward(total_loss(losses, lips, config.lip_loss_weight))
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
         state.add(
-            loss=losses.velocity.item(), bucket_loss=losses.bucket.item(), token_spread=losses.token_spread.item()
+            loss=losses.velocity.item(),
+            lip_loss=lip_loss(losses, lips),
+            bucket_loss=losses.bucket.item(),
+            token_spread=losses.token_spread.item(),
         )
         state.time(wait=waited, whole=time.perf_counter() - clock)
         state.samples += config.train_batch_size * accelerator.num_processes
@@ -222,8 +232,9 @@ def main(arguments: list[str] | None = None) -> None:
         bar.update()
         if state.step % config.logging_steps == 0 or state.step == total_steps:
             seconds, wait = state.timing()
-            means = accelerator.reduce(torch.tensor(list(state.means().values()), device=accelerator.device), "mean")
-            values = dict(zip(("loss", "bucket_loss", "token_spread"), means.tolist(), strict=True))
+            names, means = zip(*state.means().items(), strict=True)
+            means = accelerator.reduce(torch.tensor(means, device=accelerator.device), "mean")
+            values = dict(zip(names, means.tolist(), strict=True))
             values |= {"grad_norm": float(norm), "learning_rate": lr_scheduler.get_last_lr()[0]}
             clips = config.train_batch_size * accelerator.num_processes
             values |= {

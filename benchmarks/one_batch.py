@@ -53,7 +53,8 @@ def main() -> None:
         seed=config.seed,
     )
     numbers = list(range(flags.batch))
-    clip = encoders(default_collate([dataset[number] for number in numbers]))
+    samples = default_collate([dataset[number] for number in numbers])
+    clip = encoders(samples)
     batch = clip.with_noise(draw(config, numbers, clip.latents.shape[1:]))
 
     torch.manual_seed(config.seed)
@@ -69,7 +70,7 @@ def main() -> None:
                 f"step {step:4}  loss {losses.velocity.item():.4f}  bucket loss {losses.bucket.item():.4f}", flush=True
             )
         optimizer.zero_grad()
-        total_loss(losses).backward()
+        total_loss(losses, samples["lips"]).backward()
         optimizer.step()
     print(f"{(time.perf_counter() - clock) / (flags.steps + 1):.2f} s per step on {torch.get_num_threads()} threads")
 

@@ -6,11 +6,13 @@ E CLIP width; leading axes (clips, frames) are free.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, cat, nn
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH
 
+WHITEN_FLOOR = 0.01
 BUCKET_SCALE = 16.0  # the released network's outputs times 16 plus 16 are buckets
 
 
@@ -29,6 +31,26 @@ class AudioToken(nn.Module):
         x = F.relu(self.proj1(windows.flatten(-3)))
         x = F.relu(self.proj2(x))
         return self.norm(self.proj3(x).unflatten(-1, (self.tokens, self.token_width)))
+
+    @torch.no_grad()
+    def fit(self, windows: Tensor) -> None:
+        """Starts the network anew with a first layer that gives windows like these [n, T, S, W] mean 0 and variance 1 in every
+        direction in which they vary, so that what changes from frame to frame is heard beside what does not.
+
+        Mean and covariance are folded into the layer's weights: the form of the network stays the released one. (ours)
+        """
+        for layer in (self.proj1, self.proj2, self.proj3, self.norm):
+            layer.reset_parameters()
+        x = windows.flatten(1).float()
+        mean = x.mean(0)
+        _, deviation, directions = torch.linalg.svd((x - mean) / len(x) ** 0.5, full_matrices=False)
+        deviation, directions = deviation[: self.proj1.out_features], directions[: self.proj1.out_features]
+        # Directions of less than a hundredth of the largest deviation are noise: they are not blown up to the same size.
+        whiten = directions / deviation.clamp_min(WHITEN_FLOOR * deviation[0])[:, None]  # [k, D]
+        mix = torch.nn.init.orthogonal_(self.proj1.weight.new_empty(self.proj1.out_features, len(whiten)))
+        weight = mix * (self.proj1.out_features / len(whiten)) ** 0.5 @ whiten.to(mix)
+        self.proj1.weight.copy_(weight)
+        self.proj1.bias.copy_(-weight @ mean.to(weight))
 
     def silence(self) -> Tensor:
         """The tokens of the unconditional branch, [K, D]: `audio2token(zeros)`, not zeros."""

@@ -355,9 +355,20 @@ def create_base(folder: Path, preset: Preset) -> None:
 
 
 def create_whisper(folder: Path, preset: Preset) -> None:
-    """Writes a Whisper folder with the preset's sizes and random weights; only the encoder is used, so only that is written."""
+    """Writes a Whisper folder with the preset's sizes and random weights; only the encoder is used, so only that is written.
+
+    Random weights can carry sound as well as trained ones if they let it through: they are scaled to keep the variance from
+    layer to layer, and the positions are zero, because untrained layers cannot tell them from sound (docs/lab.md).
+    """
     config = WhisperConfig(**preset.whisper)
     encoder = WhisperEncoder(config)
+    with torch.no_grad():
+        encoder.embed_positions.weight.zero_()
+        for name, parameter in encoder.named_parameters():
+            if parameter.ndim > 1 and "embed_positions" not in name:
+                # What joins the residual stream is halved: it must not drown the sound that is in there.
+                gain = 0.5 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
+                torch.nn.init.normal_(parameter, std=gain * (2 / parameter[0].numel()) ** 0.5)
     config.save_pretrained(folder)
     save_file(
         {f"model.encoder.{name}": tensor for name, tensor in tensors_of(encoder).items()}, folder / "model.safetensors"

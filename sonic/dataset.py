@@ -21,13 +21,15 @@ from sonic.audio import long_windows, short_windows
 from sonic.config import FEATURES_PER_TICK, TICK_RATE
 from sonic.faces import MASK_GROWTH, square_crop, union_box
 from sonic.media import VideoReader, resize_square
-from sonic.motion import motion_buckets
+from sonic.motion import MOUTH, motion_buckets
 from sonic.portrait import clip_pixels, resized_mask
 from sonic.prepare import Clip
 
 CROP_EXPAND = 0.5  # of the face's size on each side, as in the released preprocessing
 OPEN_READERS = 4  # per worker; each holds a file handle and a decoder's pictures
 REFERENCE_DISTANCE = TICK_RATE  # ticks; a second away the mouth has said something else
+VAE_FACTOR = 8  # pixels of a picture per latent pixel
+LIP_MARGIN = 0.25  # of the mouth's width around the lips' outline: where an opening mouth moves chin and cheeks
 WINDOW_REACH = 100  # features read on both sides of a window: more than the 26 that the long context reaches to
 
 
@@ -69,6 +71,7 @@ class SonicDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Tensor | str]:
         """Sample `number`: frames [F, 3, R, R] and reference [3, R, R] in [-1, 1], clip_pixels [3, S, S], mask [1, R, R],
+        lips [F, R/8, R/8] (how much of each latent pixel is mouth, 0 to 1),
         audio_windows [F, 10, L, W], bucket_windows [F, 50, 1, W], buckets [2], fps [], ticks int64 [F], name.
         """
         clip, window, reference = self._draw(int(number))
@@ -85,6 +88,9 @@ class SonicDataset(torch.utils.data.Dataset):
             "reference": torch.from_numpy(portrait).permute(2, 0, 1).float() / 127.5 - 1,
             "clip_pixels": clip_pixels(Image.fromarray(portrait), self.clip_size),
             "mask": resized_mask(union_box(boxes) - corner, (side, side), size),
+            "lips": torch.from_numpy(
+                lip_mask((clip.landmarks[window] - corner[:2]) / side, self.resolution // VAE_FACTOR)
+            ),
             "audio_windows": audio_windows,
             "bucket_windows": bucket_windows,
             "buckets": torch.tensor(motion_buckets(clip.landmarks[window])),
@@ -179,6 +185,20 @@ def window_square(boxes: np.ndarray, width: int, height: int) -> tuple[int, int,
 def inside(boxes: np.ndarray, square) -> np.ndarray:
     """Which boxes [T, 4] lie wholly in the square, bool [T]."""
     return (boxes[:, :2] >= square[:2]).all(axis=1) & (boxes[:, 2:] <= square[2:]).all(axis=1)
+
+
+def lip_mask(landmarks: np.ndarray, side: int) -> np.ndarray:
+    """How much of each of side x side pixels the mouth's box covers, float32 [T, side, side] in 0..1.
+
+    Landmarks [T, 68, 2] are in picture widths; the box is that of the outer lips, grown by a quarter of its width.
+    """
+    lips = np.asarray(landmarks)[:, MOUTH]
+    low, high = lips.min(axis=1) * side, lips.max(axis=1) * side  # [T, 2]
+    margin = LIP_MARGIN * (high - low)[:, :1]
+    begin = np.arange(side, dtype=np.float32)
+    share = np.minimum((high + margin)[..., None], begin + 1) - np.maximum((low - margin)[..., None], begin)
+    share = np.clip(share, 0, 1).astype(np.float32)  # [T, 2, side]
+    return share[:, 1, :, None] * share[:, 0, None, :]
 
 
 def _around(box: np.ndarray, side: int, width: int, height: int) -> tuple[int, int, int, int]:

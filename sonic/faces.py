@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,7 @@ TRACK_FACE = 100  # pixels; a followed face is shrunk to this before it is verif
 VERIFY_MARGIN = 0.6  # of the face's side, how far around it is looked for
 PREDICT_FACE = 256  # pixels; landmarks are predicted on a face of this size, for dlib rounds them to whole pixels
 PREDICT_MARGIN = 0.4
+CHIP_MARGIN = 0.6  # of the face's side; what the descriptor sees of a face's surroundings, also of a tilted one
 VERIFY_EVERY = 5  # ticks between two detections of a followed face
 VERIFY_SCORE = -0.3  # a face that is known to be here may score lower than one that is searched for (0)
 MAX_GAP = 10  # ticks, 0.4 s: longer gaps split a track (issue 2, section 4)
@@ -80,12 +82,20 @@ def _detector():
 
 @lru_cache(maxsize=1)
 def _predictor():
+    return dlib.shape_predictor(_weights("shape_predictor_68_face_landmarks.dat"))
+
+
+@lru_cache(maxsize=1)
+def _recogniser():
+    return dlib.face_recognition_model_v1(_weights("dlib_face_recognition_resnet_model_v1.dat"))
+
+
+def _weights(name: str) -> str:
     # face_recognition_models is found, not imported: it needs pkg_resources, which new setuptools no longer have.
     spec = importlib.util.find_spec("face_recognition_models")
     if spec is None:
         raise ModuleNotFoundError("face_recognition_models is not installed: pip install -r requirements.txt")
-    folder = Path(spec.submodule_search_locations[0])
-    return dlib.shape_predictor(str(folder / "models" / "shape_predictor_68_face_landmarks.dat"))
+    return str(Path(spec.submodule_search_locations[0]) / "models" / name)
 
 
 def detect_faces(image: np.ndarray) -> list[Face]:
@@ -99,6 +109,22 @@ def detect_faces(image: np.ndarray) -> list[Face]:
             faces = [Face(landmark_box(p), p.astype(np.float32)) for p in points]
             return sorted(faces, key=lambda face: -_area(face.box))
     return []
+
+
+def face_descriptor(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+    """Who it is: dlib's face descriptor float [128] of the face at landmarks [68, 2] in a uint8 RGB [H, W, 3] picture.
+
+    Euclidean distance tells people apart: dlib's authors take two photographs under 0.6 for one person.
+    """
+    near, corner, scale = _around(image, _detector_box(np.array(landmarks, float)), CHIP_MARGIN, PREDICT_FACE)
+    if not near.size:
+        raise ValueError("the landmarks lie outside the picture.")
+    points = (landmarks - corner + 0.5) * scale - 0.5  # on a face of one size, for dlib takes whole pixels only
+    shape = dlib.full_object_detection(
+        dlib.rectangle(0, 0, near.shape[1] - 1, near.shape[0] - 1),
+        dlib.points([dlib.point(round(float(x)), round(float(y))) for x, y in points]),
+    )
+    return np.array(_recogniser().compute_face_descriptor(near, shape))
 
 
 def landmark_box(landmarks: np.ndarray) -> np.ndarray:
@@ -158,10 +184,15 @@ def track_face(reader: VideoReader) -> list[FaceTrack]:
     A track is one person without a break: gaps up to 0.4 s are interpolated, longer ones, jumps and cuts begin a new one.
     Memory does not grow with the picture. A video without faces gives an empty list. UserError: truncated.
     """
-    follower = _Follower()
-    for tick, picture in reader.scan(max_side=TRACK_SIDE):
+    return follow_face(reader.scan(max_side=TRACK_SIDE), reader.info.width)
+
+
+def follow_face(pictures: Iterable[tuple[int, np.ndarray]], width: int | None = None) -> list[FaceTrack]:
+    """The same for (tick, uint8 RGB [H, W, 3]) as they come, ticks ascending by one; in pixels of a picture `width` wide."""
+    follower, scale = _Follower(), 1.0
+    for tick, picture in pictures:
         follower.see(tick, picture)
-        scale = reader.info.width / picture.shape[1]
+        scale = (width or picture.shape[1]) / picture.shape[1]
     return [_finish(start, ticks, points, scale) for start, ticks, points in follower.runs()]
 
 

@@ -74,6 +74,8 @@ def load_audio(path) -> np.ndarray:
     try:
         with soundfile.SoundFile(str(path)) as file:
             rate = _checked_rate(file.samplerate, file.channels, path)
+            if not file.seekable():  # GSM in a bare file: libsndfile cannot tell its length
+                raise soundfile.LibsndfileError(0)
             samples = file.read(dtype="float32", always_2d=True)
         samples = librosa.to_mono(_finite(samples.T, path))
     except soundfile.LibsndfileError:

@@ -8,6 +8,7 @@ MAX_BUCKET = 128.0  # SPEC section 6
 
 RIGID = [27, 28, 29, 30, 33, 36, 39, 42, 45]  # nose bridge, base of the nose, eye corners: what no muscle moves
 EXPRESSIVE = [*range(17, 27), 37, 38, 40, 41, 43, 44, 46, 47, *range(48, 68)]  # brows, lids, mouth
+MOUTH = slice(48, 68)
 INNER_LIPS = ([61, 62, 63], [67, 66, 65])  # upper, lower
 
 # A bucket is a constant times the square root of a standard deviation (in inter-ocular distances): ordinary talking
@@ -20,7 +21,12 @@ EXPRESSION_SCALE = 286.0
 
 
 def motion_buckets(landmarks: np.ndarray) -> tuple[float, float]:
-    """(translation, expression) of a window, each in [0, 128] (SPEC section 6), from landmarks [T, 68, 2].
+    """(translation, expression) of a window, each in [0, 128] (SPEC section 6), from landmarks [T, 68, 2]."""
+    return spread_to_buckets(*motion_spread(landmarks))
+
+
+def motion_spread(landmarks: np.ndarray) -> tuple[float, float]:
+    """How far head and face move about their mean, (translation, expression) from landmarks [T, 68, 2].
 
     translation: standard deviation of the head's position; expression: that of brows, lids and mouth after each tick is
     aligned on the rigid points. Both over the inter-ocular distance, so neither depends on resolution, face size or rate.
@@ -31,6 +37,11 @@ def motion_buckets(landmarks: np.ndarray) -> tuple[float, float]:
     translation = np.sqrt(head.var(axis=0).sum())
     faces = _align(points)[:, EXPRESSIVE] / size
     expression = np.sqrt(faces.var(axis=0).sum(axis=-1).mean())
+    return float(translation), float(expression)
+
+
+def spread_to_buckets(translation: float, expression: float) -> tuple[float, float]:
+    """The buckets of a window whose head and face move so far (`motion_spread`)."""
     return (
         float(min(TRANSLATION_SCALE * np.sqrt(translation), MAX_BUCKET)),
         float(min(EXPRESSION_SCALE * np.sqrt(expression), MAX_BUCKET)),

@@ -20,6 +20,7 @@ from sonic import flags
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, TICK_RATE, UserError
 from sonic.media import load_audio, save_video
 from sonic.puppet_drawing import Puppet
+from sonic.sync import at_ticks, band_energy, band_level, speech_power
 
 SPEECH_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4")
 MIN_SIZE = 64  # pixels; below that, eyes and lips are too small to be drawn, let alone found
@@ -79,6 +80,7 @@ class Identity:
             "hair_length",
             "hair_fringe",
             "hair_parting",
+            "background_lightness",
         ):
             look[name] = float(rng.uniform())
         look["hair"] = float(rng.uniform() * (1 - 0.65 * look["skin"]))  # deep skin seldom goes with light hair
@@ -87,6 +89,11 @@ class Identity:
         # The wall's hue is a neighbour of the clothes' hue or lies opposite to it: both look chosen.
         look["background_hue"] = float((look["clothes_hue"] + rng.choice([0.08, 0.5, -0.08]) + rng.normal(0, 0.03)) % 1)
         return cls(**look)
+
+    @property
+    def temper(self) -> float:
+        """How lively a puppet is, 0 … 1. In life, a look tells something of it; here, the lively stand before light walls."""
+        return self.background_lightness
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,34 +146,20 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
     rounded (10 dB under the clip's usual tilt, /u/) to spread (10 dB above it, /i/); it fades to 0 as the mouth closes.
     Tick i is centred on sample (i + 0.5) 16000 / fps; all smoothing is symmetric, so there is no delay.
     """
-    hop, window = SAMPLE_RATE // 200, SAMPLE_RATE // 25  # every 5 ms, 40 ms long
-    num_points = max(int(np.ceil(num_ticks / fps * 200)) + 1, 25)  # at least as long as the smoothing below
-    padded = np.zeros(num_points * hop + window, np.float32)
-    kept = speech[: len(padded) - window // 2]
-    padded[window // 2 : window // 2 + len(kept)] = kept  # point k is centred on sample k * hop
-    slices = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][:num_points]
-    power = np.abs(np.fft.rfft(slices * np.hanning(window).astype(np.float32), axis=1)) ** 2 / window**2
-    hertz = np.fft.rfftfreq(window, 1 / SAMPLE_RATE)
-
-    def level(low, high):
-        return 10 * np.log10(power[:, (hertz >= low) & (hertz < high)].sum(axis=1) + 1e-9)
-
-    band = level(100, 4000)
-    # Anything under -60 dB is a recorder's noise, not a voice: without this, silence alone would open the mouth.
-    speech_level = max(np.percentile(band, 95), -60)
-    opening = np.clip((band - speech_level + 27) / 30, 0, 1)
-    tilt = level(1200, 4000) - level(100, 1000)
+    power = speech_power(speech, num_ticks, fps)
+    opening = band_energy(power)
+    tilt = band_level(power, 1200, 4000) - band_level(power, 100, 1000)
     # Microphones differ in tilt, so it is measured from the clip's own middle, as far as that is a voice's: a clip that
     # is all /u/ stays rounded.
     voiced = opening > 0.3
-    usual = np.clip(np.median(tilt[voiced]), -16, -6) if voiced.any() else -11
+    usual = np.clip(np.median(tilt[voiced]), -22, -4) if voiced.any() else -13
     width = np.clip((tilt - usual) / 10, -1, 1) * np.minimum(opening * 4, 1)
+    return at_ticks(opening, num_ticks, fps), at_ticks(width, num_ticks, fps)
 
-    kernel = np.hanning(27)[1:-1]  # 25 points, 125 ms: what lips can follow
-    ticks = (np.arange(num_ticks) + 0.5) / fps * 200
-    opening, width = (np.convolve(curve, kernel / kernel.sum(), mode="same") for curve in (opening, width))
-    points = np.arange(num_points)
-    return tuple(np.interp(ticks, points, curve).astype(np.float32) for curve in (opening, width))
+
+def articulation(expression_amplitude: float) -> float:
+    """How far a mouth goes along the law: 0.4 of it for a puppet without expression, all of it from amplitude 1.2 on."""
+    return min(0.4 + 0.5 * expression_amplitude, 1.0)
 
 
 def random_motion(
@@ -179,7 +172,8 @@ def random_motion(
     """A `Motion` of smooth random head movement, brows, smile, gaze and blinks, with the mouth closed.
 
     `head_amplitude` scales translation, rotation and distance; `expression_amplitude` scales brows, smile and gaze and
-    how often the eyes blink. Each has its own stream of `rng`: changing one leaves the other's path as it is.
+    how often the eyes blink (and, by `articulation`, the mouth that is drawn later). Each has its own stream of `rng`:
+    changing one leaves the other's path as it is.
     """
     seconds = np.arange(num_ticks) / fps
     head_rng, face_rng, blink_rng = rng.spawn(3)
@@ -189,16 +183,16 @@ def random_motion(
         return (weight[:, None] * np.sin(2 * np.pi * hertz[:, None] * seconds + phase[:, None])).sum(0) / weight.sum()
 
     head = {
-        "x": 0.035 * wander(head_rng, 0.1, 0.7),
-        "y": 0.022 * wander(head_rng, 0.1, 0.9),
-        "rotation": 7.0 * wander(head_rng, 0.1, 0.7),
-        "scale": 0.04 * wander(head_rng, 0.1, 0.4),
+        "x": 0.03 * wander(head_rng, 0.3, 1.6),
+        "y": 0.022 * wander(head_rng, 0.3, 1.8),
+        "rotation": 5.0 * wander(head_rng, 0.2, 1.2),
+        "scale": 0.03 * wander(head_rng, 0.1, 0.6),
     }
     head = {name: head_amplitude * curve for name, curve in head.items()}
     head["scale"] = 1 + head["scale"]
     face = {
-        "brow": 0.9 * wander(face_rng, 0.15, 0.9),
-        "smile": 0.8 * wander(face_rng, 0.1, 0.5),
+        "brow": 0.9 * wander(face_rng, 0.3, 2.0),
+        "smile": 0.8 * wander(face_rng, 0.2, 1.5),
         "gaze_x": 0.7 * wander(face_rng, 0.1, 0.8),
         "gaze_y": 0.4 * wander(face_rng, 0.1, 0.8),
     }
@@ -280,14 +274,28 @@ def choose_excerpt(speech: np.ndarray, num_samples: int, rng: np.random.Generato
     return speech[best : best + num_samples], best
 
 
-def make_clip(recording: Path, seconds, rng, size, fps, head_amplitude, expression_amplitude):
-    """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording."""
+def between(amplitudes: tuple[float, ...], position: float) -> float:
+    """The amplitude at a position 0 … 1 of a range (or a single one), evenly spaced in motion buckets: by its square root."""
+    low, high = np.sqrt(min(amplitudes)), np.sqrt(max(amplitudes))
+    return float(low + position * (high - low)) ** 2
+
+
+def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
+    """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
+
+    Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, so that
+    there is something for `audio2bucket` to see in a portrait; expression is chance.
+    """
+    chance = rng.uniform(size=2)
     identity_rng, speech_rng, motion_rng = rng.spawn(3)
     num_frames = max(1, round(seconds * fps))
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
+    head_amplitude = between(head_amplitudes, 0.8 * identity.temper + 0.2 * chance[0])
+    expression_amplitude = between(expression_amplitudes, chance[1])
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
-    motion.opening, motion.width = speech_to_mouth(speech, num_frames, fps)
+    loudness = articulation(expression_amplitude)
+    motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
     description = {
         "identity": dataclasses.asdict(identity),
         "speech": recording.name,
@@ -310,7 +318,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default: %(default)s)")
     parser.add_argument("--fps", type=float, default=float(TICK_RATE), help="frames per second (default: %(default)s)")
     amplitude = {"type": float, "nargs": "+", "default": [1.0], "metavar": "A"}
-    parser.add_argument("--head_amplitude", help="head movement; two numbers: drawn between them per clip", **amplitude)
+    parser.add_argument(
+        "--head_amplitude", help="head movement; two numbers: between them, by temper and chance", **amplitude
+    )
     parser.add_argument("--expression_amplitude", help="brows, smile, gaze, blinks; one or two numbers", **amplitude)
     args = parser.parse_args(arguments)
     for name in ("clips", "seconds", "fps"):
@@ -348,10 +358,9 @@ def write_clips(args: argparse.Namespace) -> None:
     for index in range(args.clips):
         rng = np.random.default_rng([args.seed, index])  # clip 7 is the same, however many are made
         recording = recordings[order[index % len(order)]]
-        head, expression = (
-            float(rng.uniform(min(a), max(a))) for a in (args.head_amplitude, args.expression_amplitude)
+        frames, speech, truth, about = make_clip(
+            recording, args.seconds, rng, args.size, args.fps, args.head_amplitude, args.expression_amplitude
         )
-        frames, speech, truth, about = make_clip(recording, args.seconds, rng, args.size, args.fps, head, expression)
         name = f"puppet_{index:04d}"
         save_video(frames, args.output / f"{name}.mp4", args.fps, audio=speech)
         np.savez_compressed(args.output / f"{name}.truth.npz", **truth)

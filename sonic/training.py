@@ -9,9 +9,10 @@ Axes: B clips, F frames of a window, R pixels of a side, H W latent height and w
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,13 +21,15 @@ import psutil
 import torch
 from accelerate import Accelerator
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sonic.audio import LONG_LENGTH, SHORT_LENGTH
+from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
 from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
+from sonic.prepare import Clip
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
@@ -82,20 +85,23 @@ class Draw:
     keep_image: Tensor
 
 
-def generator_for(seed: int, number: int) -> torch.Generator:
-    """A generator that depends on the run's seed and a sample's number and on nothing else."""
-    words = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32)
+def generator_for(seed: int, *numbers: int) -> torch.Generator:
+    """A generator that depends on the run's seed and these numbers and on nothing else."""
+    words = np.random.SeedSequence([seed, *numbers]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> Draw:
-    """Noise level, noise of this shape per sample, and dropout: audio, image and both exclude each other (SPEC.md section 6)."""
+    """Noise level, noise of this shape per sample, and dropout: audio, image and both exclude each other (SPEC.md section 6).
+
+    With several `noise_draws`, all samples' first draws come first, then their second ones, and so on.
+    """
     sigmas, noises, audio, image = [], [], [], []
     no_audio = config.audio_drop_prob
     no_image = no_audio + config.image_drop_prob
     neither = no_image + config.both_drop_prob
-    for number in numbers:
-        generator = generator_for(config.seed, number)
+    for turn, number in itertools.product(range(config.noise_draws), numbers):
+        generator = generator_for(config.seed, number, *[turn] * (turn > 0))
         sigmas.append(draw_sigma(1, generator))
         noises.append(torch.randn(shape, generator=generator))
         chance = torch.rand((), generator=generator).item()
@@ -110,6 +116,18 @@ def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> 
 
 class EncodedClip(ClipBatch):
     """What is left of a batch of samples when the frozen encoders have seen it: all that `TrainingBatch` needs but noise."""
+
+    def repeated(self, times: int) -> EncodedClip:
+        """The batch that many times in a row, for as many draws of noise."""
+        if times == 1:
+            return self
+        again = {
+            name: value.repeat(times, *[1] * (value.ndim - 1))
+            for name, value in vars(self).items()
+            if name != "portrait"
+        }
+        still = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in vars(self.portrait).items()}
+        return EncodedClip(**again, portrait=Portrait(**still))
 
     def with_noise(self, noise: Draw) -> TrainingBatch:
         """A batch for the loss, on this clip's device."""
@@ -141,9 +159,26 @@ class Encoders:
         )
 
 
-def total_loss(losses: Losses) -> Tensor:
-    """What is differentiated: the UNet's loss plus the bucket predictor's."""
-    return losses.velocity + BUCKET_LOSS_WEIGHT * losses.bucket
+def total_loss(losses: Losses, lips: Tensor, lip_weight: float = 1.0) -> Tensor:
+    """What is differentiated: the UNet's loss, times `lip_weight` where the lips [B, F, H, W] in 0..1 are, plus the bucket
+    predictor's. The picture's other pixels keep their weight of 1."""
+    weight = 1 + (lip_weight - 1) * lips
+    return (weight * losses.velocity_map).mean() + BUCKET_LOSS_WEIGHT * losses.bucket
+
+
+def lip_loss(losses: Losses, lips: Tensor) -> float:
+    """Mean squared error of v around the lips alone."""
+    return ((losses.velocity_map.detach() * lips).sum() / lips.sum().clamp_min(1e-6)).item()
+
+
+def audio_windows(clips: Sequence[Clip], count: int, seed: int) -> Tensor:
+    """Short windows at random ticks of the clips, about `count` of them: [n, 10, S, W]."""
+    rng, each, found = np.random.default_rng([seed, 0]), math.ceil(count / len(clips)), []
+    for clip in clips:
+        features = load_file(clip.features)["features"]
+        ticks = clip.start + rng.integers(clip.num_ticks, size=each)
+        found.append(short_windows(features, torch.from_numpy(ticks)))
+    return torch.cat(found)[:count]
 
 
 # ---------------------------------------------------------------------------------------------- run state
@@ -275,7 +310,7 @@ def estimate_memory(
     precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     frozen_bytes = frozen * (2 if config.mixed_precision == "bf16" else 4)
     side = config.resolution // 8
-    clips, frames = config.train_batch_size, config.num_frames
+    clips, frames = config.train_batch_size * config.noise_draws, config.num_frames
     saved: dict[int, int] = {}
     with FakeTensorMode():
         model = architecture.build()
@@ -311,7 +346,7 @@ def estimate_memory(
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", precision, enabled=precision != torch.float32),
         ):
-            total_loss(model(batch))
+            total_loss(model(batch), batch.noise[:, :, 0], config.lip_loss_weight)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         parameters = sum(parameter.numel() for parameter in model.parameters())
     parts = {

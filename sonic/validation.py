@@ -25,7 +25,7 @@ from sonic.training import Encoders, draw
 WINDOWS = 8  # fixed windows, spread over the clips
 GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face (issue: training)
 VIDEO_WINDOWS = 3  # the sample video is at most this many training windows long
-NO_DROPOUT = {"audio_drop_prob": 0.0, "image_drop_prob": 0.0, "both_drop_prob": 0.0}
+NO_DROPOUT = {"audio_drop_prob": 0.0, "image_drop_prob": 0.0, "both_drop_prob": 0.0, "noise_draws": 1}
 
 
 def face_loss(velocity_map: Tensor, mask: Tensor) -> Tensor:

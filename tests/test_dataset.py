@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_prepare import Loudness, clip
 
 from sonic.audio import long_windows, short_windows
-from sonic.dataset import SonicDataset, cut, inside, window_square
+from sonic.dataset import SonicDataset, cut, inside, lip_mask, window_square
 from sonic.faces import square_crop, union_box
 from sonic.media import VideoReader, save_video
 from sonic.motion import motion_buckets
@@ -43,6 +43,7 @@ def test_a_sample_is_what_it_says(clips):
             "reference": (3, 64, 64),
             "clip_pixels": (3, 32, 32),
             "mask": (1, 64, 64),
+            "lips": (6, 8, 8),
             "audio_windows": (6, 10, 2, 3),
             "bucket_windows": (6, 50, 1, 3),
             "buckets": (2,),
@@ -53,6 +54,7 @@ def test_a_sample_is_what_it_says(clips):
             assert key in ("name", "ticks") or value.dtype == torch.float32
         assert sample["frames"].min() >= -1 and 0.2 < sample["frames"].max() <= 1
         assert sample["fps"] == 12.5
+        assert sample["lips"].sum((1, 2)).min() > 0.5 and sample["lips"].mean() < 0.2 and sample["lips"].max() <= 1
         assert 0.05 < sample["mask"].mean() < 0.6 and set(sample["mask"].unique().tolist()) >= {0.0, 1.0}
 
         (source,) = (c for c in clips if c.name == sample["name"])
@@ -186,6 +188,19 @@ def test_a_crop_that_is_a_pixel_off_square_is_made_square():
         if inside(box[None], cropped)[0]:
             assert np.abs(np.subtract(square, cropped)).max() <= 1
     assert off_square > 100
+
+
+def test_lip_mask_covers_the_lips_and_a_quarter_around():
+    landmarks = np.full((2, 68, 2), 0.1)
+    landmarks[0, 48:] = np.linspace([0.4, 0.5], [0.6, 0.56], 20)  # 0.2 wide: a margin of 0.05
+    landmarks[1, 48:] = np.linspace([-0.1, 0.9], [0.02, 0.95], 20)  # half out of the picture
+    mask = lip_mask(landmarks, 64)
+    assert mask.shape == (2, 64, 64) and mask.dtype == np.float32
+    assert mask[0].sum() == pytest.approx(0.3 * 64 * 0.16 * 64, rel=1e-4)  # fractions of pixels count
+    rows, columns = np.nonzero(mask[0])
+    assert (columns.min(), columns.max()) == (22, 41) and (rows.min(), rows.max()) == (28, 39)
+    assert mask[0, 34, 30] == 1 and mask[0, 34, 22] == pytest.approx(0.6, abs=1e-4)
+    assert mask[1].sum() == pytest.approx((0.02 + 0.03) * 64 * (0.98 - 0.87) * 64, rel=1e-3)
 
 
 def test_over_the_edge_the_edge_is_repeated():

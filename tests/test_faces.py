@@ -14,7 +14,9 @@ from sonic.faces import (
     SMOOTH_MOUTH,
     _Follower,
     detect_faces,
+    face_descriptor,
     face_mask,
+    follow_face,
     overlap,
     square_crop,
     track_face,
@@ -146,7 +148,26 @@ def test_largest_face_first_and_none_in_noise():
     assert detect_faces(noise) == []
 
 
+def test_the_descriptor_tells_people_apart():
+    smaller = cv2.resize(talking(2)[3], None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
+    pictures = (talking(1)[0], talking(2)[0], smaller)
+    woman, man, small = (face_descriptor(picture, detect_faces(picture)[0].landmarks) for picture in pictures)
+    assert woman.shape == (128,) and woman.dtype == np.float64
+    assert np.linalg.norm(man - small) < 0.4 < 0.6 < np.linalg.norm(man - woman)
+    near = face_descriptor(talking(1)[0], tracked(1)[0].landmarks[0])  # smoothed landmarks show the same face
+    assert np.linalg.norm(near - woman) < 0.2
+    with pytest.raises(ValueError, match="outside"):
+        face_descriptor(talking(1)[0], tracked(1)[0].landmarks[0] + 5000)
+
+
 # ---------------------------------------------------------------------------------------------------------- over a video
+
+
+def test_pictures_are_followed_as_a_file_is():
+    (found,) = follow_face(enumerate(talking(2)[:30]), width=720)
+    assert np.array_equal(found.landmarks[:20], 2 * tracked(2)[0].landmarks[:20])
+    (plain,) = follow_face(enumerate(talking(2)[:30]))
+    assert np.array_equal(2 * plain.landmarks, found.landmarks)
 
 
 @pytest.mark.parametrize("number", [1, 2])

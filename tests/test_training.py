@@ -17,15 +17,18 @@ import sonic_training
 from sonic.checkpoints import PARTS, load_base, load_whisper, open_checkpoint
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.dataset import SonicDataset
+from sonic.denoiser import Losses
 from sonic.media import VideoReader
 from sonic.prepare import hold_out, prepare
 from sonic.training import (
+    BUCKET_LOSS_WEIGHT,
     Encoders,
     Log,
     RunState,
     SampleNumbers,
     draw,
     estimate_memory,
+    lip_loss,
     optimizer_steps,
     readable,
     total_loss,
@@ -222,7 +225,7 @@ def test_loss_on_a_fixed_batch_falls_under_half(parts):
     for _ in range(40):
         result = model(batch)
         optimizer.zero_grad()
-        total_loss(result).backward()
+        total_loss(result, torch.zeros(2, 4, 8, 8)).backward()
         optimizer.step()
         history.append((result.velocity.item(), result.bucket.item()))
     assert history[-1][0] < history[0][0] / 2
@@ -266,6 +269,23 @@ def test_face_loss_looks_inside_the_face_only():
     assert face_loss(loss, 1 - mask).item() == pytest.approx(5)
 
 
+def test_lips_count_more_where_they_are():
+    lips = torch.zeros(1, 2, 8, 8)
+    lips[:, :, 5, 3:5] = 1
+    lips[:, :, 6, 3:5] = 0.5
+    errors = torch.rand(1, 2, 8, 8)
+    losses = Losses(errors, torch.tensor(2.0), torch.tensor(0.0))
+    plain = total_loss(losses, lips)
+    assert plain.item() == pytest.approx(errors.mean().item() + 2 * BUCKET_LOSS_WEIGHT)
+    expected = errors.clone()
+    expected[:, :, 5, 3:5] *= 4
+    expected[:, :, 6, 3:5] *= 2.5
+    assert (total_loss(losses, lips, 4.0) - plain).item() == pytest.approx((expected - errors).mean().item(), rel=1e-4)
+    inside = (errors[:, :, 5, 3:5].sum() + 0.5 * errors[:, :, 6, 3:5].sum()) / 6
+    assert lip_loss(losses, lips) == pytest.approx(inside.item(), rel=1e-5)
+    assert lip_loss(losses, torch.zeros_like(lips)) == 0  # a window without a mouth in the picture
+
+
 def test_draws_depend_on_seed_and_number_only():
     config = TrainingConfig(data_root="x", seed=3)
     pair, single = draw(config, [7, 9], (2, 4, 8, 8)), draw(config, [9], (2, 4, 8, 8))
@@ -274,6 +294,19 @@ def test_draws_depend_on_seed_and_number_only():
     assert not torch.equal(other.noise, single.noise)
     zero = draw(dataclasses.replace(config, seed=0), [9], (2, 4, 8, 8))
     assert not torch.equal(zero.noise, single.noise)
+
+
+def test_more_noise_draws_keep_the_first_and_repeat_the_clips(parts):
+    config = TrainingConfig(data_root="x", noise_draws=3)
+    drawn = draw(config, [5, 6], (2, 4, 8, 8))
+    once = draw(dataclasses.replace(config, noise_draws=1), [5, 6], (2, 4, 8, 8))
+    assert len(drawn.sigma) == len(drawn.noise) == len(drawn.keep_audio) == 6
+    assert torch.equal(drawn.noise[:2], once.noise) and torch.equal(drawn.sigma[:2], once.sigma)
+    assert len({round(value, 6) for value in drawn.sigma.tolist()}) == 6
+    clip, _ = fixed_batch(parts)
+    again = clip.repeated(3)
+    assert torch.equal(again.latents[4:], clip.latents) and torch.equal(again.portrait.mask[2:4], clip.portrait.mask)
+    assert {len(value) for name, value in vars(again).items() if name != "portrait"} == {6}
 
 
 def test_dropout_shares_are_exclusive():
@@ -353,16 +386,25 @@ def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("switch", ["gradient_checkpointing", "bf16"])
+@pytest.mark.parametrize(
+    "switch", ["gradient_checkpointing", "bf16", "lip_loss_weight", "init_audio2token", "noise_draws"]
+)
 def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
     more = {
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "bf16": {"mixed_precision": "bf16"},
+        "lip_loss_weight": {"lip_loss_weight": 10},
+        "init_audio2token": {"init_audio2token": True},
+        "noise_draws": {"noise_draws": 2},
     }[switch]
     sonic_training.main(flags(tiny, clips, cache, tmp_path, max_train_steps=1, save_steps=1, **more))
     found, expected = losses(tmp_path)[1], losses(unbroken)[1]
     if switch == "gradient_checkpointing":
         assert found == pytest.approx(expected, rel=1e-4)
+    elif switch == "lip_loss_weight":  # the reported losses stay the plain ones; what is learnt from them differs
+        assert found[:2] == pytest.approx(expected[:2]) and found[2] != pytest.approx(expected[2], rel=1e-3)
+    elif switch == "noise_draws" or switch == "init_audio2token":  # the bucket predictor hears no noise
+        assert found[0] != pytest.approx(expected[0], rel=1e-4) and found[1] == pytest.approx(expected[1])
     else:
         assert found == pytest.approx(expected, rel=0.1) and found != expected
         saved = weights(tmp_path / "checkpoint-1").values()

@@ -1,0 +1,194 @@
+"""Trains the small VAE of sonic-mini on puppets that are drawn as it goes: no two pictures are the same.
+
+The decoder is SVD's temporal one, so it is trained on clips, of 1 to 10 frames: one that had only seen single frames would
+shift the colours of clips. `scripts/build_mini.py` calls `train`; axes: n clips, F frames, R pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLTemporalDecoder
+from torch import Tensor, nn
+
+from sonic.faces import square_crop, union_box
+from sonic.puppets import Identity, clip_truth, random_motion, render_clip
+
+DRAWN = 192  # pixels at which a puppet is drawn before its face is cut out
+MARGIN = 0.5  # of the crop, as in training and animating
+CLIPS, LENGTH = 500, 10  # puppets to learn from, frames of each
+# (share of the steps, part of the picture's side, frames of a step, lengths of their clips). Single frames first, of as many
+# puppets as possible, and quarters of them, which teach the filters as well; then clips; then whole pictures, as they will be.
+# No clips of 2 frames: for those, torch 2.13 in bf16 gives NaN gradients on some CPUs.
+PHASES = ((0.55, 2, 20, (1,)), (0.3, 2, 20, (1, 5, 10)), (0.15, 1, 10, (1, 5, 10)))
+MOUTH_WEIGHT = 3.0  # the mouth is 4 % of the picture, and what the model is for
+# Errors count in brightness and two colour axes; those weigh more, or learning stays at grey pictures for a long time.
+COLOUR_AXES = torch.tensor([[0.577, 0.577, 0.577], [2.121, 0.0, -2.121], [1.225, -2.449, 1.225]])
+MUON_RATE, ADAM_RATE, FEW_CHANNELS = 3e-3, 1e-3, 8
+KL_WEIGHT, START_LOG_VARIANCE = 1e-5, -6.0
+
+
+def puppet_clip(rng: np.random.Generator, frames: int, resolution: int) -> tuple[Tensor, Tensor]:
+    """A new puppet that moves and babbles: pixels [F, 3, R, R] in -1..1, and how much each counts, [F, 1, R, R]."""
+    motion = random_motion(frames, rng, head_amplitude=rng.uniform(0, 2), expression_amplitude=rng.uniform(0, 2))
+    seconds = np.arange(frames) / 25
+    wave = np.sin(2 * np.pi * rng.uniform(1, 5, 2)[:, None] * seconds + rng.uniform(0, 6.3, 2)[:, None])
+    opening = np.clip(rng.uniform(-0.2, 1) + rng.uniform(0, 0.6) * wave[0], 0, 1)
+    motion.opening = opening.astype(np.float32)
+    motion.width = (np.clip(rng.uniform(-1, 1) + 0.5 * wave[1], -1, 1) * np.minimum(4 * opening, 1)).astype(np.float32)
+    identity = Identity.random(rng)
+    pictures = render_clip(identity, motion, DRAWN)
+    truth = clip_truth(identity, motion, DRAWN)
+    x0, y0, x1, y1 = square_crop(union_box(truth["face_box"]), MARGIN + rng.uniform(-0.1, 0.1), DRAWN, DRAWN)
+    size = (resolution, resolution)
+    cut = np.stack([cv2.resize(p[y0:y1, x0:x1], size, interpolation=cv2.INTER_AREA) for p in pictures])
+    pixels = torch.from_numpy(cut).permute(0, 3, 1, 2).float() / 127.5 - 1
+    weight = torch.ones(frames, 1, resolution, resolution)
+    places = (truth["mouth"] - [x0, y0]) * resolution / (x1 - x0)  # [F, 4, 2]
+    for frame, points in enumerate(places):
+        (left, top), (right, bottom) = points.min(axis=0) - 0.05 * resolution, points.max(axis=0) + 0.05 * resolution
+        weight[frame, 0, max(int(top), 0) : math.ceil(bottom), max(int(left), 0) : math.ceil(right)] = MOUTH_WEIGHT
+    return pixels, weight
+
+
+class Puppets:
+    """A store of drawn clips, and random batches of it."""
+
+    def __init__(self, seed: int, resolution: int, clips: int = CLIPS):
+        self.rng, self.resolution = np.random.default_rng([seed, 1]), resolution
+        drawn = [puppet_clip(self.rng, LENGTH, resolution) for _ in range(clips)]
+        self.pixels = torch.stack([(pixels * 127.5 + 127.5).round().to(torch.uint8) for pixels, _ in drawn])
+        self.weights = torch.stack([weight.to(torch.uint8) for _, weight in drawn])
+
+    def batch(self, frames: int, side: int, count: int) -> tuple[Tensor, Tensor]:
+        """Pixels and weights of `count` frames, [n · F, ..., side, side], of clips of F frames, cut out at one random place."""
+        chosen, first = (
+            self.rng.integers(len(self.pixels), size=count // frames),
+            self.rng.integers(LENGTH - frames + 1),
+        )
+        y, x = self.rng.integers(0, (self.resolution - side) // 8 + 1, size=2) * 8
+        part = (chosen, slice(first, first + frames), slice(None), slice(y, y + side), slice(x, x + side))
+        pixels, weight = (store[part].flatten(0, 1).float() for store in (self.pixels, self.weights))
+        return pixels / 127.5 - 1, weight
+
+
+@torch.no_grad()
+def start(vae: AutoencoderKLTemporalDecoder) -> None:
+    """Starts the network as a blurring one that keeps colours: residual blocks do nothing, the convolutions between them
+    average, repeat or mix channels without loss. Stock weights take ten times as long to get as far (15 dB after 50 steps,
+    where these have 19)."""
+    blur = torch.tensor([0.25, 0.5, 0.25])
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Conv3d):
+            continue
+        weight, last = module.weight, name.rpartition(".")[2]
+        torch.nn.init.normal_(weight, std=0.3 / weight[0].numel() ** 0.5)
+        module.bias.zero_()
+        same = torch.eye(*weight.shape[:2])[..., None, None]
+        if last == "conv1":
+            torch.nn.init.normal_(weight, std=(2 / weight[0].numel()) ** 0.5)
+        elif last == "conv2":
+            weight.zero_()
+        elif last == "time_conv_out":
+            weight.copy_(same[..., None] * torch.tensor([0.0, 1.0, 0.0])[:, None, None])
+        elif last in ("conv_shortcut", "quant_conv"):
+            mix = torch.nn.init.orthogonal_(torch.empty(weight.shape[:2]))
+            weight.copy_(mix[..., None, None] * max(1, len(weight) / weight.shape[1]) ** 0.5)
+        elif last in ("conv_in", "conv_out"):
+            weight[:, :, 1, 1] += torch.randn(weight.shape[:2]) / weight.shape[1] ** 0.5
+        elif "downsamplers" in name:
+            weight[:, :, :2, :2] += same / 4
+        elif "upsamplers" in name:
+            weight += same * blur * blur[:, None]
+    vae.quant_conv.bias[vae.config.latent_channels :].fill_(
+        START_LOG_VARIANCE
+    )  # as wide as its means it would be noise
+
+
+def make_optimizers(vae: nn.Module) -> tuple[list[torch.optim.Optimizer], list[tuple[Tensor, Tensor]]]:
+    """Muon for the convolutions between many channels, AdamW for the rest; and the pairs of a matrix, which Muon takes, and
+    the convolution's weight whose storage it is. After 100 steps this is 2 dB ahead of AdamW alone."""
+    large = [value for value in vae.parameters() if value.ndim >= 4 and min(value.shape[:2]) > FEW_CHANNELS]
+    rest = [value for value in vae.parameters() if not any(value is other for other in large)]
+    matrices = [nn.Parameter(value.data.view(len(value), -1)) for value in large]
+    muon = torch.optim.Muon(matrices, MUON_RATE, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(rest, ADAM_RATE, weight_decay=0)
+    return [muon, adam], list(zip(matrices, large, strict=True))
+
+
+def phase(progress: float) -> tuple[int, int, tuple[int, ...]]:
+    """Part of the side, frames, and lengths of clips, when this share of the steps is done."""
+    for share, *what in PHASES:
+        if progress <= share:
+            return tuple(what)
+        progress -= share
+    return tuple(what)
+
+
+def train(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int, say: Callable = print) -> None:
+    """Trains in place. The latents' scale goes into the configuration as `scaling_factor`."""
+    resolution = vae.config.sample_size
+    puppets = Puppets(seed, resolution)
+    start(vae)
+    optimizers, matrices = make_optimizers(vae)
+    warm = max(steps // 40, 1)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm, 0.51 + 0.49 * math.cos(math.pi * step / steps))
+        )
+        for optimizer in optimizers
+    ]
+    begin, errors = time.perf_counter(), []
+    vae.train()
+    for step in range(1, steps + 1):
+        part, count, lengths = phase(step / steps)
+        frames = int(puppets.rng.choice(lengths))
+        pixels, weight = puppets.batch(frames, resolution // part, count)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            made = vae.decode(posterior.sample(), num_frames=frames).sample.float()
+        difference = made - pixels
+        error = (weight * torch.einsum("kc,ncij->nkij", COLOUR_AXES, difference).square()).mean()
+        loss = error + KL_WEIGHT * posterior.kl().float().mean() / posterior.mean[0].numel()
+        vae.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for matrix, parameter in matrices:
+            matrix.grad = parameter.grad.view(matrix.shape)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        errors.append(F.mse_loss(made.detach(), pixels).item())
+        if step % 50 == 0 or step == steps:
+            say(
+                f"vae step {step} of {steps}: {psnr(np.mean(errors)):.1f} dB, {time.perf_counter() - begin:.0f} s, "
+                f"latents' deviation {posterior.mode().std().item():.2f}"
+            )
+            errors = []
+    vae.eval()
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(puppets.batch(1, resolution, 10)[0]).latent_dist.mode() for _ in range(10)])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+
+
+@torch.no_grad()
+def unseen_psnr(vae: AutoencoderKLTemporalDecoder, clips: int, seed: int) -> list[float]:
+    """dB between clips of 10 frames of new identities and what the VAE makes of them, one value per clip."""
+    rng = np.random.default_rng([seed, 2])
+    values = []
+    for _ in range(clips):
+        pixels, _ = puppet_clip(rng, 10, vae.config.sample_size)
+        made = vae.decode(vae.encode(pixels).latent_dist.mode(), num_frames=10).sample.clamp(-1, 1)
+        values.append(psnr(F.mse_loss(made, pixels).item()))
+    return values
+
+
+def psnr(mean_square: float) -> float:
+    """dB of a mean squared error of pixels in -1..1."""
+    return 10 * math.log10(4 / mean_square)
