@@ -37,6 +37,7 @@ from sonic.checkpoints import (
 from sonic.config import TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.flags import Parser, config_from, run
+from sonic.optimizers import OPTIMIZERS
 from sonic.pipeline import Animator
 from sonic.prepare import PreparedData, find_videos, hold_out, prepare
 from sonic.training import (
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     encoders = Encoders(base, accelerator.device)
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    optimizer = OPTIMIZERS[config.optimizer](trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     per_epoch, total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
     # "constant" as diffusers knows it ignores the warmup that was asked for.
     schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
@@ -192,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     if validation and state.step == 0:
         validate(video=False)  # where it starts from; without it the first fall would not be seen
 
-    # The loop. A step is: encode with the frozen models, draw noise by sample number, one loss, one AdamW update.
+    # The loop. A step is: encode with the frozen models, draw noise by sample number, one loss, one update.
     bar = tqdm(
         total=total_steps, initial=state.step, unit="step", disable=None if accelerator.is_main_process else True
     )

@@ -3,7 +3,8 @@
     python scripts/make_speech.py OUTPUT
 
 writes OUTPUT/training and OUTPUT/unseen, each with espeak-*.wav (espeak-ng: voices, languages, speeds and pitches) and
-recorded-*.wav (telephone prompts read by people, from Debian's asterisk packages, CC-BY-SA). No voice is in both. Needs
+recorded-*.wav (telephone prompts read by people, from Debian's asterisk packages, whose copyright files name the speakers
+and the licences: CC BY-SA 3.0 for most). None of it is shipped. No voice is in both. Needs
 espeak-ng and apt-get (Debian or Ubuntu); the packages are unpacked, not installed. 2 hours of speech, a minute to make.
 """
 

@@ -284,10 +284,11 @@ class TrainingConfig(Checked):
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", POSITIVE)
     num_train_epochs: int = flag(100, "passes over the clips, one random window of each per pass", POSITIVE)
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs", POSITIVE)
-    learning_rate: float = flag(1e-5, "AdamW's learning rate", number(float, above=0))
+    optimizer: str = flag("adamw", "adamw, or muon for models that start from nothing", one_of("adamw", "muon"))
+    learning_rate: float = flag(1e-5, "the optimizer's learning rate", number(float, above=0))
     lr_scheduler: str = flag("constant", ", ".join(LR_SCHEDULERS), one_of(*LR_SCHEDULERS))
     lr_warmup_steps: int = flag(0, "optimizer steps over which the learning rate rises", WHOLE)
-    adam_weight_decay: float = flag(1e-2, "AdamW's weight decay", SCALE)
+    adam_weight_decay: float = flag(1e-2, "the optimizer's weight decay", SCALE)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 clips nothing", SCALE)
     mixed_precision: str = flag("no", "no, fp16 or bf16; weights stay in fp32", one_of("no", "fp16", "bf16"))
     gradient_checkpointing: bool = flag(

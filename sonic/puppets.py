@@ -321,7 +321,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--head_amplitude", help="head movement; two numbers: between them, by temper and chance", **amplitude
     )
-    parser.add_argument("--expression_amplitude", help="brows, smile, gaze, blinks; one or two numbers", **amplitude)
+    parser.add_argument(
+        "--expression_amplitude",
+        help="brows, smile, gaze, blinks, and how far the mouth goes; one or two numbers",
+        **amplitude,
+    )
     args = parser.parse_args(arguments)
     for name in ("clips", "seconds", "fps"):
         if not 0 < getattr(args, name) < np.inf:

@@ -387,7 +387,7 @@ def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "switch", ["gradient_checkpointing", "bf16", "lip_loss_weight", "init_audio2token", "noise_draws"]
+    "switch", ["gradient_checkpointing", "bf16", "lip_loss_weight", "init_audio2token", "noise_draws", "muon"]
 )
 def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
     more = {
@@ -396,6 +396,7 @@ def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
         "lip_loss_weight": {"lip_loss_weight": 10},
         "init_audio2token": {"init_audio2token": True},
         "noise_draws": {"noise_draws": 2},
+        "muon": {"optimizer": "muon"},
     }[switch]
     sonic_training.main(flags(tiny, clips, cache, tmp_path, max_train_steps=1, save_steps=1, **more))
     found, expected = losses(tmp_path)[1], losses(unbroken)[1]
@@ -403,7 +404,11 @@ def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
         assert found == pytest.approx(expected, rel=1e-4)
     elif switch == "lip_loss_weight":  # the reported losses stay the plain ones; what is learnt from them differs
         assert found[:2] == pytest.approx(expected[:2]) and found[2] != pytest.approx(expected[2], rel=1e-3)
-    elif switch == "noise_draws" or switch == "init_audio2token":  # the bucket predictor hears no noise
+    elif switch == "muon":  # the first losses are those before any update
+        assert found == pytest.approx(expected, rel=1e-4)
+        (state,) = (tmp_path / "checkpoint-1/state").glob("optimizer*")
+        assert any("momentum" in own for own in torch.load(state, weights_only=True)["state"].values())
+    elif switch in ("noise_draws", "init_audio2token"):  # the bucket predictor hears no noise
         assert found[0] != pytest.approx(expected[0], rel=1e-4) and found[1] == pytest.approx(expected[1])
     else:
         assert found == pytest.approx(expected, rel=0.1) and found != expected

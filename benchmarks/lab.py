@@ -1,0 +1,374 @@
+"""The proof: what a checkpoint of sonic-mini does on faces and voices that it never met, held against the drawn truth.
+
+    python benchmarks/lab.py --speech outputs/mini/seed-0/speech/unseen --runs outputs/mini/seed-*/training
+
+animates and measures, and writes docs/lab.md with its plots (`lab_report.py`). Every experiment's numbers lie in the work
+folder and are not made again, so an interrupted call goes on; another checkpoint begins anew. Axes: T frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, without an install
+
+import numpy as np
+import torch
+from lab_report import write_report
+from PIL import Image
+from tqdm import tqdm
+
+from sonic import pipeline, unet
+from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH, long_windows
+from sonic.checkpoints import training_checkpoints
+from sonic.config import SAMPLE_RATE, SHIPPED, TICK_RATE, SonicConfig
+from sonic.flags import run
+from sonic.media import load_audio
+from sonic.metrics import Evaluation, follow, measure, portrait_face
+from sonic.motion import motion_buckets
+from sonic.pipeline import SonicPipeline
+from sonic.portrait import prepare_portrait
+from sonic.puppets import (
+    Identity,
+    Motion,
+    Pose,
+    choose_excerpt,
+    clip_truth,
+    draw,
+    find_speech,
+    make_clip,
+    random_motion,
+    render_clip,
+    speech_to_mouth,
+)
+from sonic.weights import ROOT
+
+CLIPS, SECONDS = 24, 4.0
+LONG_CLIPS, LONG_SECONDS = 2, 30.0
+SILENCE = (1.4, 2.8)  # seconds without speech, in the clips that ask for it
+PORTRAIT_SIZE = 256
+SEED = 9000  # of faces and excerpts; training clips have others
+BUCKETS = (16, 112)
+GUIDANCE = (0.0, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
+SWEEP_CLIPS = 12  # for curves over many settings
+# As scripts/build_mini.py draws the training clips.
+TRAINING_SIZE, HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = 192, (0.05, 3.0), (0.0, 2.0)
+NO_SCALE = {"dynamic_scale": 1.0}  # buckets as predicted or given, not 1.5 times that
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Settings of one measurement over several clips."""
+
+    name: str
+    overrides: dict  # of `SonicPipeline.generate`
+    clips: int = CLIPS
+    seconds: float = SECONDS
+    silence: bool = False
+    without: str | None = None  # a part that is switched off, see WITHOUT
+    checkpoint: str | None = None  # another one than the one that is measured
+    buckets_only: bool = False  # nothing is animated; what audio2bucket says is held against the clips' buckets
+
+
+# ---------------------------------------------------------------------------------------------------------- clips
+
+
+class Clip:
+    """One face that nobody has seen, one voice that nobody has heard, and the truth about them."""
+
+    def __init__(self, index: int, seconds: float, speech_folder: Path, silence: bool = False):
+        rng = np.random.default_rng([SEED, index])
+        recordings = find_speech(speech_folder)
+        kinds = ("espeak", "recorded")  # in turns, and of each kind the speakers in turns
+        own = [path for path in recordings if path.name.startswith(kinds[index % 2])]
+        speakers = sorted({path.stem.rpartition("-")[0] if index % 2 else path.stem for path in own})
+        speaker = speakers[(index // 2 * 7) % len(speakers)]
+        said = [load_audio(path) for path in own if path.stem.startswith(speaker)]
+        self.speech, _ = choose_excerpt(_at_least(said, rng, seconds), round(seconds * SAMPLE_RATE), rng)
+        if silence:
+            begin, end = (round(second * SAMPLE_RATE) for second in SILENCE)
+            self.speech = self.speech.copy()
+            self.speech[begin:end] = 0
+        self.speaker, self.kind = speaker, ("synthetic", "recorded")[index % 2]
+        self.identity = Identity.random(rng)
+        self.count = round(seconds * TICK_RATE)
+        self.opening, self.width = speech_to_mouth(self.speech, self.count)
+        self.portrait = draw(self.identity, Pose(), PORTRAIT_SIZE)
+        self.motion_rng = rng
+
+    def pictures(self, resolution: int, crop: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The truth's frames [T, R, R, 3], a portrait [R, R, 3] and where the background is, bool [R, R], all cut as the
+        pipeline cuts the portrait."""
+        motion = random_motion(self.count, self.motion_rng)
+        motion.opening, motion.width = self.opening, self.width
+        portrait = self._cut(self.portrait, resolution, crop)
+        wall = np.zeros((PORTRAIT_SIZE, PORTRAIT_SIZE), bool)
+        still = render_clip(self.identity, Motion(2, x=[-0.12, 0.12]), PORTRAIT_SIZE).astype(int)
+        wall[:] = (abs(still[0] - still[1]).max(-1) == 0) & (abs(still[0] - self.portrait).max(-1) == 0)
+        wall[round(clip_truth(self.identity, Motion(1), PORTRAIT_SIZE)["face_box"][0][3]) :] = False  # shoulders
+        wall = self._cut(np.repeat(wall[..., None], 3, -1).astype(np.uint8) * 255, resolution, crop)[..., 0] > 250
+        truth = render_clip(self.identity, motion, PORTRAIT_SIZE)
+        return np.stack([self._cut(frame, resolution, crop) for frame in truth]), portrait, wall
+
+    @cached_property
+    def _box(self) -> tuple:
+        return prepare_portrait(Image.fromarray(self.portrait), 64).face_box
+
+    def _cut(self, picture: np.ndarray, resolution: int, crop: float) -> np.ndarray:
+        pixels = prepare_portrait(Image.fromarray(picture), resolution, self._box, crop).pixels
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def _at_least(recordings: list[np.ndarray], rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """Recordings of one speaker in a random order, joined until they are long enough."""
+    joined = np.zeros(0, np.float32)
+    for index in rng.permutation(len(recordings)):
+        joined = np.concatenate([joined, recordings[index]])
+        if len(joined) >= seconds * SAMPLE_RATE:
+            return joined
+    return np.tile(joined, int(np.ceil(seconds * SAMPLE_RATE / len(joined))))
+
+
+# ------------------------------------------------------------------------------------------------ parts switched off
+
+
+@contextmanager
+def without_temporal_audio():
+    """Temporal blocks hear nothing: their audio attention is multiplied by 0, the image's value stays."""
+    stock = unet.Conditions.temporal
+
+    def deaf(self) -> unet.Context:
+        context = stock(self)
+        return unet.Context(context.image, context.audio, torch.zeros(1, 1, 1))
+
+    unet.Conditions.temporal = deaf
+    try:
+        yield
+    finally:
+        unet.Conditions.temporal = stock
+
+
+@contextmanager
+def without_long_context():
+    """The bucket predictor hears the 0.2 s that audio2token hears, instead of 1 s."""
+    stock = pipeline.long_windows
+
+    def short(features: torch.Tensor, ticks: torch.Tensor) -> torch.Tensor:
+        windows = stock(features, ticks).clone()
+        first = LONG_BEFORE - SHORT_BEFORE
+        windows[:, :first] = 0
+        windows[:, first + SHORT_LENGTH :] = 0
+        return windows
+
+    pipeline.long_windows = short
+    try:
+        yield
+    finally:
+        pipeline.long_windows = stock
+
+
+@contextmanager
+def with_everything():
+    yield
+
+
+WITHOUT: dict[str | None, Callable] = {
+    None: with_everything,
+    "temporal audio attention": without_temporal_audio,
+    "long context": without_long_context,
+}
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+@lru_cache(maxsize=2)
+def load_pipeline(checkpoint: str) -> SonicPipeline:
+    torch.set_num_threads(1)  # the clips are shared out over processes
+    own = {} if (Path(checkpoint) / "base").is_dir() else {"base_model": None}
+    return SonicPipeline(SonicConfig(checkpoint=checkpoint, device="cpu", **own))
+
+
+def animate(experiment: Experiment, index: int, checkpoint: str, speech_folder: Path) -> dict:
+    """One clip of an experiment: what was measured, as JSON holds it."""
+    animator = load_pipeline(experiment.checkpoint or checkpoint)
+    settings = animator.settings
+    clip = Clip(index, experiment.seconds, speech_folder, experiment.silence)
+    truth, portrait, wall = clip.pictures(settings.resolution, settings.crop)
+    begin = time.perf_counter()
+    with WITHOUT[experiment.without]():
+        features = animator.extract_audio_features(clip.speech)
+        image = Image.fromarray(clip.portrait)
+        made = animator.generate(image, features, seed=index, **{**NO_SCALE, **experiment.overrides})
+    seconds = time.perf_counter() - begin
+    face = portrait_face(portrait)
+    common = {"portrait": face, "window": settings.num_frames}
+    curves = {"opening": clip.opening, "width": clip.width}
+    found = measure(made.frames, clip.speech, made.fps, truth_curves=curves, **common)
+    wall_error = np.square(made.frames[:, wall].astype(float) - portrait[wall]).mean()
+    numbers = {
+        "clip": index,
+        "kind": clip.kind,
+        "speaker": clip.speaker,
+        "seconds_to_make": seconds,
+        **as_numbers(found),
+        "background_psnr": 10 * np.log10(255**2 / max(wall_error, 1e-9)),
+        "truth_opening": clip.opening,
+        "truth_width": clip.width,
+    }
+    if experiment.name == "main" or experiment.silence:
+        numbers["truth"] = as_numbers(measure(truth, clip.speech, made.fps, truth_curves=curves, **common))
+    return plain(numbers)
+
+
+@torch.no_grad()
+def predict_buckets(experiment: Experiment, index: int, checkpoint: str, speech_folder: Path) -> dict:
+    """True and predicted motion buckets of the windows of a clip that is drawn as training clips are."""
+    model = load_pipeline(checkpoint)
+    base, frames_of_window = model.animator.base, model.settings.num_frames
+    clip = Clip(index, experiment.seconds, speech_folder)
+    recording = find_speech(speech_folder)[index * 7 % len(find_speech(speech_folder))]
+    frames, speech, _, _ = make_clip(
+        recording, experiment.seconds, clip.motion_rng, TRAINING_SIZE, TICK_RATE, HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES
+    )
+    landmarks, _ = follow(frames)
+    features = model.extract_audio_features(speech).features
+    portrait = prepare_portrait(
+        Image.fromarray(frames[0]),
+        model.settings.resolution,
+        crop=model.settings.crop,
+        clip_size=base.image_encoder.config.image_size,
+    )
+    seen = base.embeddings(portrait.clip_pixels[None])
+    true, predicted = [], []
+    for first in range(0, len(frames) - frames_of_window + 1, frames_of_window):
+        ticks = torch.arange(first, first + frames_of_window)
+        heard = long_windows(features, ticks)
+        buckets = model.animator.denoiser.audio2bucket.buckets(heard, seen.expand(len(ticks), -1))
+        predicted.append(buckets[:, :2].mean(0).tolist())
+        true.append(motion_buckets(landmarks[first : first + frames_of_window]))
+    return plain({"clip": index, "true": np.array(true), "predicted": np.array(predicted)})
+
+
+def as_numbers(found: Evaluation) -> dict:
+    opening, width = found.opening_by_truth, found.width_by_truth
+    return {
+        "face_share": found.face_share,
+        "opening_r": opening.r,
+        "opening_offset": opening.offset,
+        "opening_confidence": opening.confidence,
+        "width_r": width.r,
+        "silent_opening": found.silent_opening,
+        "silent_frames": int(found.silent.sum()),
+        "portrait_opening": found.portrait_opening,
+        "wide_opening": found.wide_opening,
+        "translation": found.motion.translation_spread,
+        "expression": found.motion.expression_spread,
+        "window_translation": found.window_motion and found.window_motion.translation_bucket,
+        "window_expression": found.window_motion and found.window_motion.expression_bucket,
+        "identity": found.identity.distance,
+        "identity_first": found.identity.first,
+        "identity_last": found.identity.last,
+        "seam": found.seams and found.seams.ratio,
+        "seam_largest": found.seams and found.seams.largest,
+        "seam_near": found.seams and found.seams.near_ratio,
+        "seam_near_largest": found.seams and found.seams.near_largest,
+        "opening": found.opening,
+        "width": found.width,
+    }
+
+
+def plain(value):
+    """Arrays and NaN as JSON knows them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 5) if np.isfinite(value) else None
+    return value
+
+
+def experiments(runs: list[Path]) -> list[Experiment]:
+    """All of them, the most telling first."""
+    low, high = BUCKETS
+    plan = [Experiment("main", {}), Experiment("predicted buckets", {}, clips=2 * CLIPS, buckets_only=True)]
+    plan += [Experiment("silence", {}, clips=SWEEP_CLIPS, silence=True)]
+    for side, other in (("translation", "expression"), ("expression", "translation")):
+        for bucket in (low, high):
+            held = {f"{side}_bucket": bucket, f"{other}_bucket": 48}
+            plan.append(Experiment(f"{side} bucket {bucket}", held))
+    plan += [
+        Experiment(f"audio guidance {scale:g}", {"guidance_scale_audio": scale}, clips=SWEEP_CLIPS)
+        for scale in GUIDANCE
+    ]
+    plan += [Experiment(f"without {part}", {}, without=part) for part in WITHOUT if part]
+    plan.append(Experiment("without shift fusion", {"shift_offset": 0}))
+    long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS}
+    plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
+    for folder in runs:
+        plan += [
+            Experiment(f"{folder.parent.name} {path.name}", {}, clips=SWEEP_CLIPS, checkpoint=str(path))
+            for path in training_checkpoints(folder)
+        ]
+    return plan
+
+
+def fingerprint(checkpoint: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speech", type=Path, required=True, help="folder of unseen voices (scripts/make_speech.py)")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=ROOT / SHIPPED, help="what is measured (default: sonic-mini)"
+    )
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="training runs, for quality against steps")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs/lab", help="folder for the numbers")
+    parser.add_argument("--processes", type=int, default=2, help="clips at once, each on one thread")
+    parser.add_argument("--only", nargs="*", help="experiments whose name begins so; the report takes what is there")
+    flags = parser.parse_args()
+    work = flags.work / fingerprint(flags.checkpoint)
+    work.mkdir(parents=True, exist_ok=True)
+    plan = experiments([folder.resolve() for folder in flags.runs])
+    checkpoint, speech = str(flags.checkpoint.resolve()), flags.speech.resolve()
+    with ProcessPoolExecutor(flags.processes) as pool:
+        for experiment in plan:
+            if flags.only and not any(experiment.name.startswith(name) for name in flags.only):
+                continue
+            path = work / f"{experiment.name.replace(' ', '-')}.json"
+            if path.is_file():
+                continue
+            work_on = predict_buckets if experiment.buckets_only else animate
+            jobs = [pool.submit(work_on, experiment, index, checkpoint, speech) for index in range(experiment.clips)]
+            rows = [job.result() for job in tqdm(jobs, desc=experiment.name, disable=None)]
+            path.write_text(json.dumps({"name": experiment.name, "clips": rows}) + "\n")
+            rs = [row["opening_r"] for row in rows if row.get("opening_r") is not None]
+            print(
+                f"{experiment.name}: {len(rows)} clips" + (f", median r {np.median(rs):.3f}" if rs else ""), flush=True
+            )
+    results = {}
+    for path in work.glob("*.json"):
+        result = json.loads(path.read_text())
+        results[result["name"]] = result["clips"]
+    write_report(results, flags.checkpoint, flags.runs)
+
+
+if __name__ == "__main__":
+    run(main)

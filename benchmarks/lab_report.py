@@ -1,0 +1,410 @@
+"""docs/lab.md out of the numbers that `lab.py` left: one row per claim, the tables behind it, and the plots.
+
+Nothing in here is a result: every number comes from `results`, which maps an experiment's name to its clips' rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sonic.weights import ROOT, portable
+
+DOCUMENT, PLOTS = ROOT / "docs/lab.md", ROOT / "docs/lab"
+Results = dict[str, list[dict]]
+BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def values(rows: list[dict], name: str) -> np.ndarray:
+    """One number per clip; NaN where it could not be measured."""
+    found = [row[name] for row in rows]
+    return np.array([math.nan if value is None else value for value in found], dtype=float)
+
+
+def curve(row: dict, name: str) -> np.ndarray:
+    return np.array([math.nan if value is None else value for value in row[name]], dtype=float)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    both = np.isfinite(a) & np.isfinite(b)
+    return float(np.corrcoef(a[both], b[both])[0, 1])
+
+
+def wrong_speech(rows: list[dict]) -> np.ndarray:
+    """r of every clip's mouth with the opening that every other clip's speech asks for."""
+    pairs = [(one, other) for one in rows for other in rows if one is not other and one["speaker"] != other["speaker"]]
+    return np.array([correlation(curve(one, "opening"), curve(other, "truth_opening")) for one, other in pairs])
+
+
+def spread(found: np.ndarray, digits: int = 2) -> str:
+    """Median, and the range of the middle 80 %."""
+    found = found[np.isfinite(found)]
+    low, middle, high = np.percentile(found, [10, 50, 90])
+    return f"{middle:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
+
+
+# ------------------------------------------------------------------------------------------------------------ claims
+
+
+@dataclass
+class Row:
+    """One claim: what was asked, what was found, and whether it holds."""
+
+    claim: str
+    bar: str
+    found: str
+    holds: bool
+
+
+def follows(results: Results) -> list[Row]:
+    rows = results["main"]
+    made = []
+    for kind in ("all", "synthetic", "recorded"):
+        own = [row for row in rows if kind in ("all", row["kind"])]
+        opening, width = np.nanmedian(values(own, "opening_r")), np.nanmedian(values(own, "width_r"))
+        aligned = np.mean(np.abs(values(own, "opening_offset")) <= 1)
+        made.append(
+            Row(
+                f"it follows the sound ({kind}: {len(own)} clips)",
+                "median r: opening ≥ 0.93, width ≥ 0.6; offset 0 ± 1 frame in 95 %",
+                f"opening {spread(values(own, 'opening_r'))}, width {spread(values(own, 'width_r'))}, "
+                f"offset in {aligned:.0%}",
+                bool(opening >= 0.93 and width >= 0.6 and aligned >= 0.95),
+            )
+        )
+    wrong = wrong_speech(rows)
+    made.append(
+        Row(
+            "… and not somebody else's",
+            "mean r within ± 0.2",
+            f"mean {wrong.mean():.2f}, standard deviation {wrong.std():.2f} over {len(wrong)} pairs",
+            bool(abs(wrong.mean()) <= 0.2),
+        )
+    )
+    return made
+
+
+def closes(results: Results) -> list[Row]:
+    rows = results["silence"]
+    truth = [row["truth"] for row in rows]
+    closed = values(truth, "silent_opening")
+    reach = values(truth, "wide_opening") - closed
+    excess = (values(rows, "silent_opening") - closed) / reach
+    return [
+        Row(
+            f"silence closes the mouth ({len(rows)} clips)",
+            "opening in silence over that of the truth's closed mouth: median within 10 % of the mouth's range",
+            f"{spread(100 * excess, 1)} % of the range; {spread(values(rows, 'silent_opening'), 3)} against "
+            f"{spread(closed, 3)} distances between the eyes",
+            bool(np.nanmedian(np.abs(excess)) <= 0.1),
+        )
+    ]
+
+
+def keeps(results: Results) -> list[Row]:
+    rows = results["main"]
+    own, truth = values(rows, "identity"), values([row["truth"] for row in rows], "identity")
+    ratio = np.nanmean(own) / np.nanmean(truth)
+    background = values(rows, "background_psnr")
+    return [
+        Row(
+            "it keeps the person",
+            "mean distance to the portrait ≤ 1.3 × the truth video's",
+            f"{np.nanmean(own):.3f} against {np.nanmean(truth):.3f}: {ratio:.2f} ×",
+            bool(ratio <= 1.3),
+        ),
+        Row(
+            "… and the wall behind",
+            "median PSNR of the still background ≥ 28 dB",
+            f"{spread(background, 1)} dB",
+            bool(np.nanmedian(background) >= 28),
+        ),
+    ]
+
+
+def bucket_rows(results: Results) -> list[Row]:
+    made = []
+    for side, other in (("translation", "expression"), ("expression", "translation")):
+        low, high = (results[f"{side} bucket {bucket}"] for bucket in (16, 112))
+        growth = np.nanmedian(values(high, side) / values(low, side))
+        leak = np.nanmedian(values(high, other) / values(low, other))
+        change = np.nanmedian(values(high, "opening_r")) - np.nanmedian(values(low, "opening_r"))
+        made.append(
+            Row(
+                f"{side} bucket works alone (16 → 112)",
+                f"{side} motion ≥ 3 ×; mouth r changes ≤ 0.05; {other} motion ≤ 25 %",
+                f"{growth:.1f} ×; r {change:+.3f}; {other} {leak - 1:+.0%}",
+                bool(growth >= 3 and abs(change) <= 0.05 and abs(leak - 1) <= 0.25),
+            )
+        )
+    rows = results["predicted buckets"]
+    true = np.concatenate([np.array(row["true"]) for row in rows])
+    predicted = np.concatenate([np.array(row["predicted"]) for row in rows])
+    for column, name in enumerate(("translation", "expression")):
+        errors = true[:, column] - predicted[:, column]
+        plain = true[:, column] - true[:, column].mean()
+        gain = 1 - np.square(errors).mean() / np.square(plain).mean()
+        absolute = 1 - np.abs(errors).mean() / np.abs(plain).mean()
+        made.append(
+            Row(
+                f"{name} bucket can be predicted ({len(rows)} clips)",
+                "squared error ≥ 30 % below that of the mean",
+                f"{gain:.0%} below (mean absolute error {absolute:.0%} below: "
+                f"{np.abs(errors).mean():.1f} against {np.abs(plain).mean():.1f})",
+                bool(gain >= 0.3),
+            )
+        )
+    return made
+
+
+def guidance(results: Results) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and median r at each."""
+    found = sorted(
+        (float(name.rpartition(" ")[2]), np.nanmedian(values(rows, "opening_r")))
+        for name, rows in results.items()
+        if name.startswith("audio guidance")
+    )
+    return np.array([scale for scale, _ in found]), np.array([r for _, r in found])
+
+
+def guidance_row(results: Results, default: float) -> list[Row]:
+    scales, r = guidance(results)
+    best = scales[r.argmax()]
+    at_default = float(np.interp(default, scales, r))
+    return [
+        Row(
+            "audio guidance",
+            "r rises with the scale, then falls; the default within 0.02 of the top",
+            f"r {r[0]:.2f} at {scales[0]:g}, {r.max():.3f} at {best:g}, {r[-1]:.2f} at {scales[-1]:g}; "
+            f"{at_default:.3f} at the default {default:g}",
+            bool(0 < r.argmax() < len(r) - 1 and r.max() - at_default <= 0.02),
+        )
+    ]
+
+
+def shift_rows(results: Results) -> list[Row]:
+    with_shift, without = results["long"], results["long without shift fusion"]
+    near, near_without = values(with_shift, "seam_near_largest").max(), values(without, "seam_near").max()
+    plain, plain_without = values(with_shift, "seam_largest").max(), values(without, "seam").max()
+    drift = np.nanmean(values(with_shift, "identity_last")) / np.nanmean(values(with_shift, "identity_first")) - 1
+    first, last = [], []
+    for row in with_shift:
+        mouth, truth = curve(row, "opening"), curve(row, "truth_opening")
+        first.append(correlation(mouth[:125], truth[:125]))
+        last.append(correlation(mouth[-125:], truth[-125:]))
+    change = np.mean(last) / np.mean(first) - 1
+    return [
+        Row(
+            "shift fusion leaves no seams (30 s)",
+            "frame difference at borders over that beside them ≤ 1.1 with shift, worse without",
+            f"with: {near:.2f} at the worst phase; without: {near_without:.2f} "
+            f"(over all other steps: {plain:.2f} and {plain_without:.2f})",
+            bool(near <= 1.1 < near_without),
+        ),
+        Row(
+            "no drift (30 s)",
+            "identity and r of the last 5 s within 5 % of the first",
+            f"distance to the portrait {drift:+.1%}; r {np.mean(first):.3f} → {np.mean(last):.3f} ({change:+.1%})",
+            bool(abs(drift) <= 0.05 and abs(change) <= 0.05),
+        ),
+    ]
+
+
+def training_curves(results: Results, runs: list[Path]) -> dict[str, dict[str, np.ndarray]]:
+    """Per run: steps and median r of its checkpoints, and what its log says of validation."""
+    found = {}
+    for folder in runs:
+        seed = folder.resolve().parent.name
+        points = sorted(
+            (int(name.rpartition("-")[2]), np.nanmedian(values(rows, "opening_r")))
+            for name, rows in results.items()
+            if name.startswith(f"{seed} checkpoint-")
+        )
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        checks = [row for row in log if "validation_loss" in row]
+        found[seed] = {
+            "steps": np.array([step for step, _ in points]),
+            "r": np.array([r for _, r in points]),
+            "checked": np.array([row["step"] for row in checks]),
+            **{
+                name: np.array([row[name] for row in checks], dtype=float)
+                for name in ("validation_loss", "audio_gap_sigma_1", "audio_gap_sigma_3", "validation_token_spread")
+            },
+        }
+    return found
+
+
+def training_row(curves: dict) -> list[Row]:
+    better = [one["r"][-1] > one["r"][0] for one in curves.values()]
+    text = "; ".join(
+        f"{seed}: r {one['r'][0]:.2f} → {one['r'][-1]:.3f}, gap {one['audio_gap_sigma_1'][0]:.3f} → "
+        f"{one['audio_gap_sigma_1'][-1]:.3f}, loss {one['validation_loss'][0]:.3f} → {one['validation_loss'][-1]:.3f}"
+        for seed, one in curves.items()
+    )
+    return [Row("more training, better", "r grows with the steps, three seeds", text, all(better) and len(better) >= 3)]
+
+
+# ------------------------------------------------------------------------------------------------------- the document
+
+Part = tuple[tuple[str, ...], Callable[[Results], list[Row]]]
+PARTS: list[Part] = [
+    (("main",), follows),
+    (("silence",), closes),
+    (("main",), keeps),
+    (
+        (*(f"{side} bucket {b}" for side in ("translation", "expression") for b in (16, 112)), "predicted buckets"),
+        bucket_rows,
+    ),
+]
+
+
+def write_report(results: Results, checkpoint: Path, runs: list[Path]) -> None:
+    """Writes docs/lab.md and docs/lab/*.png with what has been measured so far; what has not is named."""
+    PLOTS.mkdir(exist_ok=True)
+    settings = json.loads((checkpoint / "sonic.json").read_text())["settings"]
+    rows, missing = [], []
+    parts = [
+        *PARTS,
+        (
+            ("audio guidance 0", "audio guidance 10"),
+            lambda found: guidance_row(found, settings["guidance_scale_audio"]),
+        ),
+        (("long", "long without shift fusion"), shift_rows),
+    ]
+    for needed, make in parts:
+        if all(name in results for name in needed):
+            rows += make(results)
+        else:
+            missing += [name for name in needed if name not in results]
+    curves = training_curves(results, runs) if runs else {}
+    curves = {seed: one for seed, one in curves.items() if len(one["steps"]) > 1}
+    rows += training_row(curves) if curves else []
+    missing += [] if curves else ["more training (--runs)"]
+
+    lines = [
+        "# The lab: what sonic-mini does, measured",
+        "",
+        "Faces and voices that no training run has met, held against the truth that puppets are drawn from. Written by",
+        "`benchmarks/lab.py`; every number is measured, from the landmarks of the finished frames (`sonic/metrics.py`).",
+        "Half of the voices are espeak-ng's, half are people's (telephone prompts); none of them was trained on.",
+        "",
+        f"Checkpoint: `{portable(checkpoint)}` ({build_note(checkpoint)}).",
+        "Numbers are medians over clips with the range of the middle 80 % in brackets, unless they say otherwise.",
+        "",
+        "| claim | bar | measured | |",
+        "|---|---|---|---|",
+        *(f"| {row.claim} | {row.bar} | {row.found} | {'holds' if row.holds else '**missed**'} |" for row in rows),
+        "",
+    ]
+    if missing:
+        lines += [f"Not measured: {', '.join(missing)}.", ""]
+    if "main" in results:
+        plot_clips(results["main"], PLOTS / "clips.png")
+        lines += ["![mouths](lab/clips.png)", ""]
+    if "audio guidance 0" in results:
+        plot_guidance(results, settings["guidance_scale_audio"], PLOTS / "guidance.png")
+        lines += ["![audio guidance](lab/guidance.png)", ""]
+    lines += ablation_table(results)
+    if curves:
+        plot_training(curves, PLOTS / "training.png")
+        lines += ["![more training](lab/training.png)", ""]
+    DOCUMENT.write_text("\n".join(lines))
+    print(f"written: {DOCUMENT}")
+
+
+def build_note(checkpoint: Path) -> str:
+    """How it was built, in its own words."""
+    path = checkpoint / "build.json"
+    if not path.is_file():
+        return "no record of how it was built"
+    build = json.loads(path.read_text())
+    minutes = {name: round(stage["seconds"] / 60) for name, stage in build.items() if isinstance(stage, dict)}
+    stages = ", ".join(f"{name} {time} min" for name, time in minutes.items())
+    return f"seed {build['seed']}; {stages}; {build['machine']}; VAE {build['vae']['psnr_unseen_mean']:.1f} dB on unseen faces"
+
+
+def ablation_table(results: Results) -> list[str]:
+    """What each part is worth, switched off at sampling time."""
+    names = [name for name in results if name.startswith("without")]
+    if not names or "main" not in results:
+        return []
+    lines = [
+        "## What each part is worth",
+        "",
+        "Switched off while sampling, on the same clips and seeds; the model was trained with all of them.",
+        "",
+        "| | opening r | width r | head motion | expression | identity | largest seam |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("main", *sorted(names)):
+        cells = [
+            spread(values(results[name], key), digits)
+            for key, digits in (
+                ("opening_r", 3),
+                ("width_r", 3),
+                ("translation", 3),
+                ("expression", 3),
+                ("identity", 3),
+                ("seam_near_largest", 2),
+            )
+        ]
+        lines.append(f"| {'everything on' if name == 'main' else name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def plot_clips(rows: list[dict], path: Path) -> None:
+    """Measured and drawn mouth openings of four clips: the best, two between, and the worst."""
+    order = np.argsort(values(rows, "opening_r"))
+    chosen = [rows[order[place]] for place in (-1, len(order) * 2 // 3, len(order) // 3, 0)]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axis, row in zip(figure.subplots(len(chosen), sharex=True), chosen, strict=True):
+        seconds = np.arange(len(row["opening"])) / 25
+        for name, colour, label in (("truth_opening", ORANGE, "drawn truth"), ("opening", BLUE, "animated")):
+            drawn = curve(row, name)
+            axis.plot(seconds, drawn / np.nanpercentile(drawn, 98), color=colour, label=label, lw=1.6)
+        axis.set_title(f"clip {row['clip']}, {row['speaker']}: r {row['opening_r']:.3f}", fontsize=10, loc="left")
+        axis.set_yticks([])
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.axes[0].legend(ncols=2, frameon=False, loc="upper right", fontsize=9)
+    figure.axes[-1].set_xlabel("seconds")
+    figure.suptitle("Mouth opening, each curve over its own 98th percentile")
+    figure.savefig(path, dpi=90)
+
+
+def plot_guidance(results: Results, default: float, path: Path) -> None:
+    scales, r = guidance(results)
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(scales, r, "o-", color=BLUE)
+    axis.axvline(default, color=GREY, ls="--", lw=1)
+    axis.annotate("default", (default, r.min()), xytext=(4, 0), textcoords="offset points", color="#4a5568", fontsize=9)
+    axis.set(xlabel="audio guidance", ylabel="median r of the opening")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=90)
+
+
+def plot_training(curves: dict, path: Path) -> None:
+    """r, audio gap and validation loss against steps, one line per seed."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for (seed, one), colour in zip(curves.items(), (BLUE, ORANGE, GREEN), strict=False):
+        panels[0].plot(one["steps"], one["r"], "o-", color=colour, label=seed)
+        panels[1].plot(one["checked"], one["audio_gap_sigma_1"], color=colour)
+        panels[2].plot(one["checked"], one["validation_loss"], color=colour)
+    for axis, title in zip(panels, ("median r of the opening", "audio gap at sigma 1", "validation loss"), strict=True):
+        axis.set(title=title, xlabel="steps")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=90)

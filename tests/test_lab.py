@@ -1,0 +1,134 @@
+"""The lab's verdicts: what is held against a bar can hold and can be missed, and the document says which."""
+
+import copy
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import lab_report
+
+
+def row(index, r=0.96, seconds=4.0, **numbers):
+    """One clip's numbers, with a mouth that follows its own drawn curve and nobody else's."""
+    rng = np.random.default_rng(index)
+    truth = np.convolve(rng.uniform(size=round(25 * seconds) + 4), np.ones(5) / 5, mode="valid")
+    mouth = 0.3 * truth + 0.02 * rng.normal(size=len(truth))
+    known = {
+        "clip": index,
+        "kind": ("synthetic", "recorded")[index % 2],
+        "speaker": f"speaker {index}",
+        "opening_r": r,
+        "width_r": 0.8,
+        "opening_offset": 0.0,
+        "silent_opening": 0.02,
+        "wide_opening": 0.3,
+        "identity": 0.2,
+        "identity_first": 0.2,
+        "identity_last": 0.2,
+        "translation": 0.1,
+        "expression": 0.05,
+        "background_psnr": 33.0,
+        "seam": 1.0,
+        "seam_largest": 1.05,
+        "seam_near": 1.0,
+        "seam_near_largest": 1.04,
+        "opening": mouth.tolist(),
+        "truth_opening": truth.tolist(),
+    }
+    return known | numbers
+
+
+def rows(count=6, **numbers):
+    truth = {"silent_opening": 0.019, "wide_opening": 0.31, "identity": 0.19}
+    return [row(index, truth=truth, **numbers) for index in range(count)]
+
+
+def results():
+    near = {"true": [[20.0, 40.0], [60.0, 50.0]], "predicted": [[22.0, 41.0], [57.0, 48.0]]}
+    found = {"main": rows(), "silence": rows(), "predicted buckets": [near, near]}
+    for side in ("translation", "expression"):
+        for bucket, motion in ((16, 0.02), (112, 0.08)):
+            found[f"{side} bucket {bucket}"] = rows(**{side: motion})
+    for scale, r in ((0, 0.1), (1, 0.9), (3, 0.96), (10, 0.7)):
+        found[f"audio guidance {scale}"] = rows(r=r)
+    found["long"] = [row(1, seconds=30)]
+    found["long without shift fusion"] = [row(1, seconds=30, seam_near=1.3, seam=1.25)]
+    return found
+
+
+def verdicts(found):
+    made = [
+        *lab_report.follows(found),
+        *lab_report.closes(found),
+        *lab_report.keeps(found),
+        *lab_report.bucket_rows(found),
+        *lab_report.guidance_row(found, 3.0),
+        *lab_report.shift_rows(found),
+    ]
+    return {one.claim.partition(" (")[0]: one.holds for one in made}
+
+
+def test_a_good_model_passes_every_bar():
+    assert all(verdicts(results()).values())
+
+
+@pytest.mark.parametrize(
+    "claim, experiment, change",
+    [
+        ("it follows the sound", "main", {"opening_r": 0.92}),
+        ("it follows the sound", "main", {"width_r": 0.5}),
+        ("it follows the sound", "main", {"opening_offset": 2.0}),
+        ("silence closes the mouth", "silence", {"silent_opening": 0.06}),
+        ("it keeps the person", "main", {"identity": 0.26}),
+        ("… and the wall behind", "main", {"background_psnr": 27.0}),
+        ("translation bucket works alone", "translation bucket 112", {"translation": 0.05}),
+        ("translation bucket works alone", "translation bucket 112", {"expression": 0.07}),
+        ("translation bucket works alone", "translation bucket 16", {"opening_r": 0.89}),
+        ("expression bucket works alone", "expression bucket 112", {"translation": 0.07}),
+        ("translation bucket can be predicted", "predicted buckets", {"predicted": [[40.0, 40.0], [41.0, 50.0]]}),
+        ("expression bucket can be predicted", "predicted buckets", {"predicted": [[20.0, 46.0], [60.0, 44.0]]}),
+        ("audio guidance", "audio guidance 10", {"opening_r": 0.97}),
+        ("audio guidance", "audio guidance 1", {"opening_r": 0.99}),
+        ("shift fusion leaves no seams", "long", {"seam_near_largest": 1.12}),
+        ("shift fusion leaves no seams", "long without shift fusion", {"seam_near": 1.02}),
+        ("no drift", "long", {"identity_last": 0.22}),
+    ],
+)
+def test_a_bar_that_is_missed_is_reported(claim, experiment, change):
+    found = results()
+    for one in found[experiment]:
+        one.update(change)
+    missed = {name for name, holds in verdicts(found).items() if not holds}
+    assert claim in missed
+    assert len(missed) <= 2  # two claims may rest on one number
+
+
+def test_a_mouth_that_follows_anybody_is_noticed():
+    found = results()
+    for one in found["main"]:
+        one["opening"] = found["main"][0]["truth_opening"]
+        one["truth_opening"] = (0.5 * np.array(one["truth_opening"]) + np.array(one["opening"])).tolist()
+    assert not verdicts(found)["… and not somebody else's"]
+
+
+def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab_report, "DOCUMENT", tmp_path / "lab.md")
+    monkeypatch.setattr(lab_report, "PLOTS", tmp_path / "lab")
+    (tmp_path / "sonic.json").write_text('{"settings": {"guidance_scale_audio": 3.0}}')
+    found = copy.deepcopy(results())
+    del found["silence"]
+    for one in found["main"]:
+        one["background_psnr"] = 20.0
+    lab_report.write_report(found, tmp_path, [])
+    text = (tmp_path / "lab.md").read_text()
+    assert (
+        "| … and the wall behind | median PSNR of the still background ≥ 28 dB | 20.0 (20.0 … 20.0) dB | **missed** |"
+        in text
+    )
+    assert text.count("**missed**") == 1 and "Not measured: silence, more training (--runs)." in text
+    assert (tmp_path / "lab/clips.png").stat().st_size > 10_000
+    assert (tmp_path / "lab/guidance.png").stat().st_size > 5_000
