@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -112,9 +112,8 @@ class Clip:
         motion = random_motion(self.count, self.motion_rng)
         motion.opening, motion.width = self.opening, self.width
         portrait = self._cut(self.portrait, resolution, crop)
-        wall = np.zeros((PORTRAIT_SIZE, PORTRAIT_SIZE), bool)
         still = render_clip(self.identity, Motion(2, x=[-0.12, 0.12]), PORTRAIT_SIZE).astype(int)
-        wall[:] = (abs(still[0] - still[1]).max(-1) == 0) & (abs(still[0] - self.portrait).max(-1) == 0)
+        wall = (abs(still[0] - still[1]).max(-1) == 0) & (abs(still[0] - self.portrait).max(-1) == 0)
         wall[round(clip_truth(self.identity, Motion(1), PORTRAIT_SIZE)["face_box"][0][3]) :] = False  # shoulders
         wall = self._cut(np.repeat(wall[..., None], 3, -1).astype(np.uint8) * 255, resolution, crop)[..., 0] > 250
         truth = render_clip(self.identity, motion, PORTRAIT_SIZE)
@@ -177,13 +176,8 @@ def without_long_context():
         pipeline.long_windows = stock
 
 
-@contextmanager
-def with_everything():
-    yield
-
-
 WITHOUT: dict[str | None, Callable] = {
-    None: with_everything,
+    None: nullcontext,
     "temporal audio attention": without_temporal_audio,
     "long context": without_long_context,
 }
@@ -195,8 +189,7 @@ WITHOUT: dict[str | None, Callable] = {
 @lru_cache(maxsize=2)
 def load_pipeline(checkpoint: str) -> SonicPipeline:
     torch.set_num_threads(1)  # the clips are shared out over processes
-    own = {} if (Path(checkpoint) / "base").is_dir() else {"base_model": None}
-    return SonicPipeline(SonicConfig(checkpoint=checkpoint, device="cpu", **own))
+    return SonicPipeline(SonicConfig(checkpoint=checkpoint, device="cpu"))
 
 
 def animate(experiment: Experiment, index: int, checkpoint: str, speech_folder: Path) -> dict:
@@ -237,7 +230,8 @@ def predict_buckets(experiment: Experiment, index: int, checkpoint: str, speech_
     model = load_pipeline(checkpoint)
     base, frames_of_window = model.animator.base, model.settings.num_frames
     clip = Clip(index, experiment.seconds, speech_folder)
-    recording = find_speech(speech_folder)[index * 7 % len(find_speech(speech_folder))]
+    recordings = find_speech(speech_folder)
+    recording = recordings[index * 7 % len(recordings)]
     frames, speech, _, _ = make_clip(
         recording, experiment.seconds, clip.motion_rng, TRAINING_SIZE, TICK_RATE, HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES
     )

@@ -306,7 +306,7 @@ def write_report(results: Results, checkpoint: Path, runs: list[Path]) -> None:
         "",
     ]
     if missing:
-        lines += [f"Not measured: {', '.join(missing)}.", ""]
+        lines += [f"Not measured: {', '.join(dict.fromkeys(missing))}.", ""]
     if "main" in results:
         plot_clips(results["main"], PLOTS / "clips.png")
         lines += ["![mouths](lab/clips.png)", ""]

@@ -32,7 +32,7 @@ from sonic.config import PRESETS, SHIPPED, UserError
 from sonic.flags import run
 from sonic.weights import ROOT, atomic_folder
 
-# What decides how good the model gets, and how long it takes: about two hours on two cores.
+# What decides how good the model gets, and how long it takes.
 CLIPS, SECONDS, SIZE = 500, 4, 192
 VAE_STEPS = 800
 STEPS = 3000
@@ -44,7 +44,7 @@ KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 TRAINING = {
-    "optimizer": "muon",  # AdamW is slower, and under it the audio tokens come out the same in every frame (docs/lab.md)
+    "optimizer": "muon",  # AdamW is slower, and under it the audio tokens come out nearly the same in every frame
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 50,

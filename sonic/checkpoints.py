@@ -358,7 +358,7 @@ def create_whisper(folder: Path, preset: Preset) -> None:
     """Writes a Whisper folder with the preset's sizes and random weights; only the encoder is used, so only that is written.
 
     Random weights can carry sound as well as trained ones if they let it through: they are scaled to keep the variance from
-    layer to layer, and the positions are zero, because untrained layers cannot tell them from sound (docs/lab.md).
+    layer to layer, and the positions are zero, because untrained layers cannot tell them from sound.
     """
     config = WhisperConfig(**preset.whisper)
     encoder = WhisperEncoder(config)

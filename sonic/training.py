@@ -121,13 +121,12 @@ class EncodedClip(ClipBatch):
         """The batch that many times in a row, for as many draws of noise."""
         if times == 1:
             return self
-        again = {
-            name: value.repeat(times, *[1] * (value.ndim - 1))
-            for name, value in vars(self).items()
-            if name != "portrait"
-        }
-        still = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in vars(self.portrait).items()}
-        return EncodedClip(**again, portrait=Portrait(**still))
+
+        def again(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in parts.items()}
+
+        clip = dict(vars(self))
+        return EncodedClip(portrait=Portrait(**again(vars(clip.pop("portrait")))), **again(clip))
 
     def with_noise(self, noise: Draw) -> TrainingBatch:
         """A batch for the loss, on this clip's device."""
