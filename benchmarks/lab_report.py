@@ -18,6 +18,7 @@ from sonic.weights import ROOT, portable
 
 DOCUMENT, PLOTS = ROOT / "docs/lab.md", ROOT / "docs/lab"
 Results = dict[str, list[dict]]
+GAP_OPEN = 0.001  # at sigma 3; before anything is learned it wanders within a fifth of that
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
 
 
@@ -219,6 +220,12 @@ def shift_rows(results: Results) -> list[Row]:
     ]
 
 
+def validations(folder: Path) -> list[dict]:
+    """The lines of a run's log that hold a validation."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in log if "validation_loss" in row]
+
+
 def training_curves(results: Results, runs: list[Path]) -> dict[str, dict[str, np.ndarray]]:
     """Per run: steps and median r of its checkpoints, and what its log says of validation."""
     found = {}
@@ -229,8 +236,7 @@ def training_curves(results: Results, runs: list[Path]) -> dict[str, dict[str, n
             for name, rows in results.items()
             if name.startswith(f"{seed} checkpoint-")
         )
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        checks = [row for row in log if "validation_loss" in row]
+        checks = validations(folder)
         found[seed] = {
             "steps": np.array([step for step, _ in points]),
             "r": np.array([r for _, r in points]),
@@ -267,7 +273,7 @@ PARTS: list[Part] = [
 ]
 
 
-def write_report(results: Results, checkpoint: Path, runs: list[Path]) -> None:
+def write_report(results: Results, checkpoint: Path, runs: list[Path], trials: list[Path]) -> None:
     """Writes docs/lab.md and docs/lab/*.png with what has been measured so far; what has not is named."""
     PLOTS.mkdir(exist_ok=True)
     settings = json.loads((checkpoint / "sonic.json").read_text())["settings"]
@@ -317,6 +323,8 @@ def write_report(results: Results, checkpoint: Path, runs: list[Path]) -> None:
     if curves:
         plot_training(curves, PLOTS / "training.png")
         lines += ["![more training](lab/training.png)", ""]
+    lines += init_table([folder for folder in trials if folder.name.startswith("init")])
+    lines += lips_table(results, [folder for folder in trials if folder.name.startswith("lips")])
     DOCUMENT.write_text("\n".join(lines))
     print(f"written: {DOCUMENT}")
 
@@ -358,6 +366,66 @@ def ablation_table(results: Results) -> list[str]:
             )
         ]
         lines.append(f"| {'everything on' if name == 'main' else name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def opened(checks: list[dict]) -> int | None:
+    """The validated step from which on the audio gap at sigma 3 stays open, if it does."""
+    step = None
+    for row in reversed(checks):
+        if row["audio_gap_sigma_3"] < GAP_OPEN:
+            break
+        step = row["step"]
+    return step
+
+
+def init_table(folders: list[Path]) -> list[str]:
+    """What a fitted audio2token is worth (`--init_audio2token`), with both kinds of Whisper positions."""
+    if not folders:
+        return []
+    lines = [
+        "## A fitted start of audio2token",
+        "",
+        "Runs from nothing with AdamW that differ in `--init_audio2token` and in the positions of the (random) Whisper:",
+        "zero, as sonic-mini's, or sinusoidal, as every released Whisper's (`benchmarks/trials.py`). The gap is how much the",
+        f"validation loss grows when the audio is exchanged; open: at sigma 3 it stays above {GAP_OPEN}.",
+        "",
+        "| run | gap open after | gap at sigma 1 / 3 at the end | token spread: start → end | validation loss |",
+        "|---|---|---|---|---|",
+    ]
+    for folder in folders:
+        checks = validations(folder)
+        first, last, step = checks[0], checks[-1], opened(checks)
+        when = f"{step} steps" if step else f"not in {last['step']} steps"
+        lines.append(
+            f"| {folder.name.removeprefix('init-')} | {when} | "
+            f"{last['audio_gap_sigma_1']:.4f} / {last['audio_gap_sigma_3']:.4f} | "
+            f"{first['validation_token_spread']:.2f} → {last['validation_token_spread']:.2f} | {last['validation_loss']:.3f} |"
+        )
+    return [*lines, ""]
+
+
+def lips_table(results: Results, folders: list[Path]) -> list[str]:
+    """What a weight on the loss around the lips is worth (`--lip_loss_weight`)."""
+    measured = [folder for folder in folders if f"trial {folder.name}" in results]
+    if not measured:
+        return []
+    steps = validations(measured[0])[-1]["step"]
+    lines = [
+        "## The weight of the lips",
+        "",
+        f"Runs from nothing of {steps} steps that differ in `--lip_loss_weight` (`benchmarks/trials.py`).",
+        "",
+        "| weight | opening r | width r | identity | gap at sigma 1 / 3 | validation loss (unweighted) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for folder in sorted(measured, key=lambda folder: int(folder.name.rpartition("-")[2])):
+        rows, last = results[f"trial {folder.name}"], validations(folder)[-1]
+        cells = [spread(values(rows, key), 3) for key in ("opening_r", "width_r", "identity")]
+        gaps = f"{last['audio_gap_sigma_1']:.4f} / {last['audio_gap_sigma_3']:.4f}"
+        lines.append(
+            f"| {folder.name.rpartition('-')[2]} | {' | '.join(cells)} | {gaps} | {last['validation_loss']:.3f} |"
+        )
     return [*lines, ""]
 
 

@@ -33,9 +33,10 @@ from sonic.flags import run
 from sonic.weights import ROOT, atomic_folder
 
 # What decides how good the model gets, and how long it takes.
-CLIPS, SECONDS, SIZE = 500, 4, 192
-VAE_STEPS = 800
-STEPS = 3000
+CLIPS, SECONDS, SIZE = 700, 3, 192
+HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 3.0), (0.0, 2.0)
+VAE_STEPS = 2000
+STEPS = 2500
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -87,7 +88,7 @@ class Build:
         call(
             *("-m", "sonic.puppets", "--output", folder, "--speech", self.work / "speech/training"),
             *("--clips", CLIPS, "--seconds", SECONDS, "--size", SIZE, "--seed", 100 + self.seed),
-            *("--head_amplitude", 0.05, 3, "--expression_amplitude", 0, 2),
+            *("--head_amplitude", *HEAD_AMPLITUDES, "--expression_amplitude", *EXPRESSION_AMPLITUDES),
         )
 
     def vae(self, folder: Path) -> dict:

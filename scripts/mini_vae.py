@@ -32,14 +32,16 @@ from sonic.puppets import Identity, clip_truth, random_motion, render_clip
 DRAWN = 192  # pixels at which a puppet is drawn before its face is cut out
 MARGIN = 0.5  # of the crop, as in training and animating
 CLIPS, LENGTH = 500, 10  # puppets to learn from, frames of each
-# (share of the steps, part of the picture's side, frames of a step, lengths of their clips). Single frames first, of as many
-# puppets as possible, and quarters of them, which teach the filters as well; then clips; then whole pictures, as they will be.
-# No clips of 2 frames: for those, torch 2.13 in bf16 gives NaN gradients on some CPUs.
-PHASES = ((0.55, 2, 20, (1,)), (0.3, 2, 20, (1, 5, 10)), (0.15, 1, 10, (1, 5, 10)))
-MOUTH_WEIGHT = 3.0  # the mouth is 4 % of the picture, and what the model is for
-# Errors count in brightness and two colour axes; those weigh more, or learning stays at grey pictures for a long time.
-COLOUR_AXES = torch.tensor([[0.577, 0.577, 0.577], [2.121, 0.0, -2.121], [1.225, -2.449, 1.225]])
-LEARNING_RATE = 2e-3
+# (share of the steps, part of the picture's side, frames of a step, lengths of their clips). Few single frames first, and
+# quarters of them, which teach the filters as well (6 a step get as far as 20 in less than half of the time); then clips;
+# then whole pictures, as they will be. No clips of 2 frames: for those, torch 2.13 in bf16 gives NaN gradients on some CPUs.
+PHASES = ((0.6, 2, 6, (1,)), (0.2, 2, 10, (1, 5, 10)), (0.2, 1, 10, (1, 5, 10)))
+FACE_WEIGHT = 4  # eyes and mouth are small, and what makes a face known
+# Errors count in brightness and two colour axes. Those weigh more at first, or learning stays at grey pictures for a long
+# time, and go down to their due over the first part of the steps (worth 0.8 dB after 200).
+COLOUR_AXES = torch.tensor([[0.577, 0.577, 0.577], [0.707, 0.0, -0.707], [0.408, -0.816, 0.408]])
+COLOUR_WEIGHT, COLOUR_SHARE = 3.0, 0.6
+LEARNING_RATE = 1.5e-3
 UNSEEN, MEASURED = 32, "measured.json"  # clips to measure with, and where it is written
 KL_WEIGHT, START_LOG_VARIANCE = 1e-5, -6.0
 
@@ -60,10 +62,9 @@ def puppet_clip(rng: np.random.Generator, frames: int, resolution: int) -> tuple
     cut = np.stack([cv2.resize(p[y0:y1, x0:x1], size, interpolation=cv2.INTER_AREA) for p in pictures])
     pixels = torch.from_numpy(cut).permute(0, 3, 1, 2).float() / 127.5 - 1
     weight = torch.ones(frames, 1, resolution, resolution)
-    places = (truth["mouth"] - [x0, y0]) * resolution / (x1 - x0)  # [F, 4, 2]
-    for frame, points in enumerate(places):
-        (left, top), (right, bottom) = points.min(axis=0) - 0.05 * resolution, points.max(axis=0) + 0.05 * resolution
-        weight[frame, 0, max(int(top), 0) : math.ceil(bottom), max(int(left), 0) : math.ceil(right)] = MOUTH_WEIGHT
+    faces = (truth["face_box"] - [x0, y0, x0, y0]) * resolution / (x1 - x0)
+    for frame, (left, top, right, bottom) in enumerate(faces):
+        weight[frame, 0, max(int(top), 0) : math.ceil(bottom), max(int(left), 0) : math.ceil(right)] = FACE_WEIGHT
     return pixels, weight
 
 
@@ -130,6 +131,11 @@ def phase(progress: float) -> tuple[int, int, tuple[int, ...]]:
     return tuple(what)
 
 
+def colour_weight(progress: float) -> float:
+    """How much the colour axes weigh when this share of the steps is done."""
+    return max(1.0, COLOUR_WEIGHT + (1 - COLOUR_WEIGHT) * progress / COLOUR_SHARE)
+
+
 def train(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int) -> None:
     """Trains in place. The latents' scale goes into the configuration as `scaling_factor`."""
     resolution = vae.config.sample_size
@@ -148,8 +154,8 @@ def train(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             made = vae.decode(posterior.sample(), num_frames=frames).sample.float()
-        difference = made - pixels
-        error = (weight * torch.einsum("kc,ncij->nkij", COLOUR_AXES, difference).square()).mean()
+        axes = COLOUR_AXES * torch.tensor([1.0, *[colour_weight(step / steps)] * 2])[:, None]
+        error = (weight * torch.einsum("kc,ncij->nkij", axes, made - pixels).square()).mean()
         loss = error + KL_WEIGHT * posterior.kl().float().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
         loss.backward()
@@ -190,7 +196,7 @@ def psnr(mean_square: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write, in diffusers' layout")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and puppets (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

@@ -349,8 +349,11 @@ def create_base(folder: Path, preset: Preset) -> None:
     UNetSpatioTemporalConditionModel(**preset.unet).save_pretrained(folder / "unet")
     AutoencoderKLTemporalDecoder(**preset.vae).save_pretrained(folder / "vae")
     config = CLIPVisionConfig(**preset.image_encoder)
+    encoder = CLIPVisionModelWithProjection(config)
+    with torch.no_grad():  # random layers tell pictures apart by a quarter of a unit; what learns from them wants one
+        encoder.visual_projection.weight.mul_(4)
     config.save_pretrained(folder / "image_encoder")
-    save_file(tensors_of(CLIPVisionModelWithProjection(config)), folder / "image_encoder/model.safetensors")
+    save_file(tensors_of(encoder), folder / "image_encoder/model.safetensors")
     EulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
 
 

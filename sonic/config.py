@@ -154,8 +154,8 @@ PRESETS = {
         ),
         unet={
             "sample_size": 16,
-            "in_channels": 8,
-            "out_channels": 4,
+            "in_channels": 16,
+            "out_channels": 8,
             # Attention at 8 x 8 and below: at 16 x 16 it would take two thirds of the time.
             "down_block_types": ["DownBlockSpatioTemporal"] + ["CrossAttnDownBlockSpatioTemporal"] * 2,
             "up_block_types": ["CrossAttnUpBlockSpatioTemporal"] * 2 + ["UpBlockSpatioTemporal"],
@@ -175,7 +175,7 @@ PRESETS = {
             "block_out_channels": [64, 32, 32, 64],  # 64 at full size: one channel per group would lose colours
             "down_block_types": ["DownEncoderBlock2D"] * 4,
             "layers_per_block": 1,
-            "latent_channels": 4,
+            "latent_channels": 8,  # SVD has 4; with so small a VAE, faces are known again only from 8 on
             "sample_size": 128,
             "scaling_factor": 0.18215,
             "force_upcast": True,

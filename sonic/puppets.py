@@ -88,12 +88,18 @@ class Identity:
         look["clothes_hue"], look["background_angle"] = float(rng.uniform()), float(rng.uniform())
         # The wall's hue is a neighbour of the clothes' hue or lies opposite to it: both look chosen.
         look["background_hue"] = float((look["clothes_hue"] + rng.choice([0.08, 0.5, -0.08]) + rng.normal(0, 0.03)) % 1)
+        look["clothes_lightness"] = float(rng.uniform())
         return cls(**look)
 
     @property
     def temper(self) -> float:
-        """How lively a puppet is, 0 … 1. In life, a look tells something of it; here, the lively stand before light walls."""
+        """How lively its head is, 0 … 1. In life, a look tells something of it; here, the lively stand before light walls."""
         return self.background_lightness
+
+    @property
+    def expressiveness(self) -> float:
+        """How lively its face is, 0 … 1: the expressive wear light clothes."""
+        return self.clothes_lightness
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,8 +289,8 @@ def between(amplitudes: tuple[float, ...], position: float) -> float:
 def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
-    Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, so that
-    there is something for `audio2bucket` to see in a portrait; expression is chance.
+    Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, and how
+    much the face does, expressiveness and chance, so that there is something for `audio2bucket` to see in a portrait.
     """
     chance = rng.uniform(size=2)
     identity_rng, speech_rng, motion_rng = rng.spawn(3)
@@ -292,7 +298,7 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
     head_amplitude = between(head_amplitudes, 0.8 * identity.temper + 0.2 * chance[0])
-    expression_amplitude = between(expression_amplitudes, chance[1])
+    expression_amplitude = between(expression_amplitudes, 0.8 * identity.expressiveness + 0.2 * chance[1])
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
     loudness = articulation(expression_amplitude)
     motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
@@ -319,11 +325,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fps", type=float, default=float(TICK_RATE), help="frames per second (default: %(default)s)")
     amplitude = {"type": float, "nargs": "+", "default": [1.0], "metavar": "A"}
     parser.add_argument(
-        "--head_amplitude", help="head movement; two numbers: between them, by temper and chance", **amplitude
+        "--head_amplitude",
+        help="head movement; two numbers: between them, by temper (light walls) and chance",
+        **amplitude,
     )
     parser.add_argument(
         "--expression_amplitude",
-        help="brows, smile, gaze, blinks, and how far the mouth goes; one or two numbers",
+        help="brows, smile, gaze, blinks, and how far the mouth goes; two numbers: by expressiveness (light clothes)",
         **amplitude,
     )
     args = parser.parse_args(arguments)

@@ -326,7 +326,7 @@ def estimate_memory(
             return tensor
 
         alive: list[Tensor] = []
-        latent = torch.zeros(clips, frames, 4, side, side)
+        latent = torch.zeros(clips, frames, architecture.unet["out_channels"], side, side)
         batch = TrainingBatch(
             latents=latent,
             portrait=Portrait(

@@ -1,6 +1,7 @@
 """The lab's verdicts: what is held against a bar can hold and can be missed, and the document says which."""
 
 import copy
+import json
 import sys
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
     del found["silence"]
     for one in found["main"]:
         one["background_psnr"] = 20.0
-    lab_report.write_report(found, tmp_path, [])
+    lab_report.write_report(found, tmp_path, [], [])
     text = (tmp_path / "lab.md").read_text()
     assert (
         "| … and the wall behind | median PSNR of the still background ≥ 28 dB | 20.0 (20.0 … 20.0) dB | **missed** |"
@@ -132,3 +133,32 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
     assert text.count("**missed**") == 1 and "Not measured: silence, more training (--runs)." in text
     assert (tmp_path / "lab/clips.png").stat().st_size > 10_000
     assert (tmp_path / "lab/guidance.png").stat().st_size > 5_000
+
+
+def a_run(folder, gaps):
+    folder.mkdir()
+    checks = [
+        {"step": 50 * index, "validation_loss": 1 / (index + 1), "validation_token_spread": 0.4 - 0.1 * index}
+        | {"audio_gap_sigma_1": gap / 2, "audio_gap_sigma_3": gap}
+        for index, gap in enumerate(gaps)
+    ]
+    lines = [{"step": 10, "loss": 1.0}, *checks]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_audio_gap_opens_where_it_stays_open(tmp_path):
+    early = a_run(tmp_path / "init-fitted", [0, 0.002, 0.0005, 0.003, 0.004])
+    never = a_run(tmp_path / "init-usual", [0, 0.002, 0.0005])
+    table = lab_report.init_table([early, never])
+    assert "| fitted | 150 steps | 0.0020 / 0.0040 | 0.40 → 0.00 | 0.200 |" in table
+    assert "| usual | not in 100 steps | 0.0003 / 0.0005 | 0.40 → 0.20 | 0.333 |" in table
+    assert lab_report.init_table([]) == []
+
+
+def test_lip_weights_are_compared_in_their_order(tmp_path):
+    folders = [a_run(tmp_path / f"lips-{weight}", [0, 0.01]) for weight in (1, 12, 6)]
+    found = {f"trial lips-{weight}": results()["main"] for weight in (1, 12)}
+    table = lab_report.lips_table(found, folders)
+    assert [line[:5] for line in table if line.startswith("| 1")] == ["| 1 |", "| 12 "]  # 6 was not animated
+    assert lab_report.lips_table({}, folders) == []

@@ -20,6 +20,7 @@ from sonic.puppets import (
     clip_truth,
     draw,
     main,
+    make_clip,
     random_motion,
     render_clip,
     speech_to_mouth,
@@ -261,6 +262,20 @@ def speech_folder(tmp_path):
     soundfile.write(folder / "one.wav", np.concatenate([SILENCE, AH, EE, OO]), SAMPLE_RATE)
     soundfile.write(folder / "two.flac", np.concatenate([EE, AH]), SAMPLE_RATE)
     return folder
+
+
+def test_between_two_amplitudes_looks_decide(speech_folder):
+    looks, moves = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        _, _, _, about = make_clip(speech_folder / "one.wav", 0.2, rng, 64, 25, (0.25, 4), (0, 1))
+        assert 0.25 <= about["head_amplitude"] <= 4 and 0 <= about["expression_amplitude"] <= 1
+        who = about["identity"]
+        looks.append((who["background_lightness"], who["clothes_lightness"]))
+        moves.append(((about["head_amplitude"] ** 0.5 - 0.5) / 1.5, about["expression_amplitude"] ** 0.5))
+    chance = np.array(moves) - 0.8 * np.array(looks)
+    assert chance.min() >= -1e-9 and chance.max() <= 0.2 + 1e-9  # the rest, from 0 to a fifth
+    assert chance.std(axis=0).min() > 0.02
 
 
 def test_the_command_writes_clips_with_sound_and_truth(speech_folder, tmp_path):

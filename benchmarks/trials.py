@@ -1,0 +1,86 @@
+"""What two choices of training are worth: short runs of sonic_training.py from nothing that differ in one flag.
+
+    python benchmarks/trials.py outputs/mini/seed-0 [--only NAMES] [--threads N]
+
+`--init_audio2token`, with the zero positions of sonic-mini's Whisper and with the usual sinusoidal ones; `--lip_loss_weight`.
+Start and clips are those of a build (`scripts/build_mini.py`). Each trial is a run folder in `--output`, from which
+`lab.py --trials` takes its numbers; one that was cut goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, without an install
+
+from build_mini import KEEP_MEMORY, TRAINING
+from safetensors.torch import load_file, save_file
+from transformers.models.whisper.modeling_whisper import sinusoids
+
+from sonic.flags import run
+from sonic.weights import ROOT, atomic_folder
+
+POSITIONS = "model.encoder.embed_positions.weight"
+# AdamW, as one would train at full size: Muon keeps the tokens apart by itself.
+ADAMW = {"optimizer": "adamw", "learning_rate": 5e-4, "lr_scheduler": "constant_with_warmup"}
+FITTED = {"init_audio2token": True}
+STEPS = {"init": 600, "lips": 500}
+# name: (start, flags that differ from the build's)
+TRIALS: dict[str, tuple[str, dict]] = {
+    "init zero positions": ("start", ADAMW),
+    "init zero positions, fitted": ("start", ADAMW | FITTED),
+    "init usual positions": ("usual", ADAMW),
+    "init usual positions, fitted": ("usual", ADAMW | FITTED),
+    **{f"lips {weight}": ("start", {"lip_loss_weight": weight}) for weight in (1, 3, 6, 12)},
+}
+
+
+def usual_start(start: Path, target: Path) -> None:
+    """The same start, but that its Whisper has the sinusoidal positions that a released Whisper has."""
+    if target.is_dir():
+        return
+    with atomic_folder(target) as folder:
+        shutil.copytree(start, folder, dirs_exist_ok=True)
+        path = folder / "whisper/model.safetensors"
+        tensors = load_file(path)
+        tensors[POSITIONS] = sinusoids(*tensors[POSITIONS].shape).to(tensors[POSITIONS])
+        save_file(tensors, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("build", type=Path, help="work folder of a build, with start/ and clips/")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs/trials", help="folder for the runs")
+    parser.add_argument("--only", nargs="*", help="trials whose name begins so")
+    parser.add_argument("--threads", type=int, help="of torch, when several calls run side by side")
+    arguments = parser.parse_args()
+    build, output = arguments.build.resolve(), arguments.output.resolve()
+    starts = {"start": build / "start", "usual": output / "start-usual"}
+    usual_start(starts["start"], starts["usual"])
+    environment = os.environ | KEEP_MEMORY
+    if arguments.threads:
+        environment["OMP_NUM_THREADS"] = str(arguments.threads)
+    for name, (start, flags) in TRIALS.items():
+        if arguments.only and not any(name.startswith(part) for part in arguments.only):
+            continue
+        steps = STEPS[name.partition(" ")[0]]
+        folder = output / name.replace(" ", "-").replace(",", "")
+        options = TRAINING | flags | {"validation_steps": 50, "save_steps": steps, "max_train_steps": steps}
+        command = [
+            *(sys.executable, "sonic_training.py", "--model_path", starts[start], "--data_root", build / "clips"),
+            *("--output_dir", folder, "--cache_dir", output / f"cache-{start}", "--resume_from_checkpoint", "latest"),
+        ]
+        for flag, value in options.items():
+            command += [f"--{flag}"] if value is True else [f"--{flag}", value]
+        print(f"--- {name}", flush=True)
+        subprocess.run([str(part) for part in command], cwd=ROOT, check=True, env=environment)
+
+
+if __name__ == "__main__":
+    run(main)
