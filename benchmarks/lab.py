@@ -296,7 +296,7 @@ def plain(value):
     return value
 
 
-def experiments(runs: list[Path]) -> list[Experiment]:
+def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     """All of them, the most telling first."""
     low, high = BUCKETS
     plan = [Experiment("main", {}), Experiment("predicted buckets", {}, clips=2 * CLIPS, buckets_only=True)]
@@ -318,6 +318,10 @@ def experiments(runs: list[Path]) -> list[Experiment]:
             Experiment(f"{folder.parent.name} {path.name}", {}, clips=SWEEP_CLIPS, checkpoint=str(path))
             for path in training_checkpoints(folder)
         ]
+    for folder in trials:
+        if folder.name.startswith("lips"):
+            last = str(training_checkpoints(folder)[-1])
+            plan.append(Experiment(f"trial {folder.name}", {}, clips=SWEEP_CLIPS, checkpoint=last))
     return plan
 
 
@@ -335,13 +339,15 @@ def main() -> None:
         "--checkpoint", type=Path, default=ROOT / SHIPPED, help="what is measured (default: sonic-mini)"
     )
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="training runs, for quality against steps")
+    parser.add_argument("--trials", type=Path, nargs="*", default=[], help="run folders of benchmarks/trials.py")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/lab", help="folder for the numbers")
     parser.add_argument("--processes", type=int, default=2, help="clips at once, each on one thread")
     parser.add_argument("--only", nargs="*", help="experiments whose name begins so; the report takes what is there")
     flags = parser.parse_args()
     work = flags.work / fingerprint(flags.checkpoint)
     work.mkdir(parents=True, exist_ok=True)
-    plan = experiments([folder.resolve() for folder in flags.runs])
+    trials = sorted(folder.resolve() for folder in flags.trials if training_checkpoints(folder))
+    plan = experiments([folder.resolve() for folder in flags.runs], trials)
     checkpoint, speech = str(flags.checkpoint.resolve()), flags.speech.resolve()
     with ProcessPoolExecutor(flags.processes) as pool:
         for experiment in plan:
@@ -362,7 +368,7 @@ def main() -> None:
     for path in work.glob("*.json"):
         result = json.loads(path.read_text())
         results[result["name"]] = result["clips"]
-    write_report(results, flags.checkpoint, flags.runs)
+    write_report(results, flags.checkpoint, flags.runs, trials)
 
 
 if __name__ == "__main__":
