@@ -368,7 +368,7 @@ def main() -> None:
     for path in work.glob("*.json"):
         result = json.loads(path.read_text())
         results[result["name"]] = result["clips"]
-    write_report(results, flags.checkpoint, flags.runs, trials)
+    write_report(results, flags.checkpoint, flags.runs, trials, DTYPE)
 
 
 if __name__ == "__main__":

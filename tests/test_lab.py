@@ -124,7 +124,7 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
     del found["silence"]
     for one in found["main"]:
         one["background_psnr"] = 20.0
-    lab_report.write_report(found, tmp_path, [], [])
+    lab_report.write_report(found, tmp_path, [], [], "fp32")
     text = (tmp_path / "lab.md").read_text()
     assert (
         "| … and the wall behind | median PSNR of the still background ≥ 28 dB | 20.0 (20.0 … 20.0) dB | **missed** |"
