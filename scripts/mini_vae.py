@@ -51,7 +51,7 @@ def puppet_clip(rng: np.random.Generator, frames: int, resolution: int) -> tuple
     motion = random_motion(frames, rng, head_amplitude=rng.uniform(0, 2), expression_amplitude=rng.uniform(0, 2))
     seconds = np.arange(frames) / 25
     wave = np.sin(2 * np.pi * rng.uniform(1, 5, 2)[:, None] * seconds + rng.uniform(0, 6.3, 2)[:, None])
-    opening = np.clip(rng.uniform(-0.2, 1) + rng.uniform(0, 0.6) * wave[0], 0, 1)
+    opening = np.clip(rng.uniform(-0.2, 1.1) + rng.uniform(0, 0.6) * wave[0], 0, 1.3)
     motion.opening = opening.astype(np.float32)
     motion.width = (np.clip(rng.uniform(-1, 1) + 0.5 * wave[1], -1, 1) * np.minimum(4 * opening, 1)).astype(np.float32)
     identity = Identity.random(rng)
@@ -196,7 +196,7 @@ def psnr(mean_square: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write, in diffusers' layout")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and puppets (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

@@ -404,7 +404,7 @@ class Puppet:
         gap = 0.062 * max(pose.opening, 0)
         half = self.mouth_half * (1 + 0.24 * pose.width) * (1 - 0.10 * pose.opening)
         thick = self.lips * (1 - 0.22 * pose.width)
-        corners = self.mouth[1] + 0.12 * gap - (0.003 + 0.011 * pose.smile) * np.abs(t) ** 2.2
+        corners = self.mouth[1] + 0.12 * gap - (0.003 + 0.015 * pose.smile) * np.abs(t) ** 2.2
         arch = (1 - t**2) ** (0.75 - 0.25 * max(-pose.width, 0))
         bow = 1 - 0.22 * np.exp(-((t / 0.16) ** 2)) - 0.10 * t**2  # Cupid's bow
         body = np.maximum(1 - np.abs(t) ** 2.6, 0)
@@ -469,9 +469,9 @@ class Puppet:
 
     def _draw_brow(self, part, pose, side):
         x = side * (self.eye[0] - 0.040 + 0.082 * ALONG)
-        lift = 0.017 * pose.brow * (1 - 0.45 * ALONG if pose.brow < 0 else 0.7 + 0.3 * np.sin(np.pi * ALONG))
+        lift = 0.020 * pose.brow * (1 - 0.45 * ALONG if pose.brow < 0 else 0.7 + 0.3 * np.sin(np.pi * ALONG))
         arch = self.brow_arch * np.sin(np.pi * (0.05 + 0.82 * ALONG))
-        y = -0.046 - 0.35 * self.eye_half[1] - arch + 0.003 * ALONG - lift
+        y = -0.033 - 0.35 * self.eye_half[1] - arch + 0.003 * ALONG - lift
         thick = self.brow_thickness * (1 - 0.75 * ALONG**2) * np.minimum(1, 0.6 + 4 * ALONG)
         shape = np.concatenate([np.stack([x, y - thick / 2], 1), np.stack([x, y + thick / 2], 1)[::-1]])
         part.tint(part.mask(shape, 0.0018), self.brow_colour, 0.92)
@@ -495,7 +495,7 @@ class Puppet:
 
         self._draw_mouth(patch, pose)
         for side in (-1, 1):
-            middle, lift = side * self.eye[0], 0.02 * abs(pose.brow)
+            middle, lift = side * self.eye[0], 0.025 * abs(pose.brow)
             part = patch(middle - 0.054, -0.085 - lift, middle + 0.054, 0.025)
             self._draw_eye(part, pose, side)
             self._draw_brow(part, pose, side)

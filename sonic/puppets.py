@@ -110,7 +110,7 @@ class Identity:
 class Pose:
     """One frame's pose; the defaults are a neutral face with closed mouth that looks at the viewer."""
 
-    opening: float = 0.0  # mouth, 0 closed … 1 wide open
+    opening: float = 0.0  # mouth, 0 closed … 1 wide open; a little more is drawn as well
     width: float = 0.0  # mouth, -1 rounded … 1 spread
     smile: float = 0.0  # corners of the mouth, -1 down … 1 up
     x: float = 0.0  # head translation, pictures
@@ -164,8 +164,8 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
 
 
 def articulation(expression_amplitude: float) -> float:
-    """How far a mouth goes along the law: 0.4 of it for a puppet without expression, all of it from amplitude 1.2 on."""
-    return min(0.4 + 0.5 * expression_amplitude, 1.0)
+    """How far a mouth goes along the law: 0.35 of it for a puppet without expression, all of it at amplitude 1, 1.27 at 2."""
+    return 0.35 + 0.65 * float(np.sqrt(expression_amplitude))
 
 
 def random_motion(
@@ -177,9 +177,9 @@ def random_motion(
 ) -> Motion:
     """A `Motion` of smooth random head movement, brows, smile, gaze and blinks, with the mouth closed.
 
-    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` scales brows, smile and gaze and
-    how often the eyes blink (and, by `articulation`, the mouth that is drawn later). Each has its own stream of `rng`:
-    changing one leaves the other's path as it is.
+    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` scales brows, smile and gaze, which
+    level off at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth that is drawn later). Each has
+    its own stream of `rng`: changing one leaves the other's path as it is.
     """
     seconds = np.arange(num_ticks) / fps
     head_rng, face_rng, blink_rng = rng.spawn(3)
@@ -197,12 +197,12 @@ def random_motion(
     head = {name: head_amplitude * curve for name, curve in head.items()}
     head["scale"] = 1 + head["scale"]
     face = {
-        "brow": 0.9 * wander(face_rng, 0.3, 2.0),
-        "smile": 0.8 * wander(face_rng, 0.2, 1.5),
+        "brow": 1.3 * wander(face_rng, 0.5, 3.0),
+        "smile": 1.2 * wander(face_rng, 0.5, 2.5),
         "gaze_x": 0.7 * wander(face_rng, 0.1, 0.8),
         "gaze_y": 0.4 * wander(face_rng, 0.1, 0.8),
     }
-    face = {name: expression_amplitude * curve for name, curve in face.items()}
+    face = {name: np.tanh(expression_amplitude * curve) for name, curve in face.items()}
 
     blink = np.zeros(num_ticks)
     start = blink_rng.uniform(0.3, 2.5)
@@ -289,8 +289,9 @@ def between(amplitudes: tuple[float, ...], position: float) -> float:
 def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
-    Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, and how
-    much the face does, expressiveness and chance, so that there is something for `audio2bucket` to see in a portrait.
+    Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, so that
+    there is something for `audio2bucket` to see in a portrait, and how much the face does, 65 % expressiveness and 35 %
+    chance: of what the portrait tells already, a motion bucket teaches nothing.
     """
     chance = rng.uniform(size=2)
     identity_rng, speech_rng, motion_rng = rng.spawn(3)
@@ -298,7 +299,7 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
     head_amplitude = between(head_amplitudes, 0.8 * identity.temper + 0.2 * chance[0])
-    expression_amplitude = between(expression_amplitudes, 0.8 * identity.expressiveness + 0.2 * chance[1])
+    expression_amplitude = between(expression_amplitudes, 0.65 * identity.expressiveness + 0.35 * chance[1])
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
     loudness = articulation(expression_amplitude)
     motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
