@@ -295,6 +295,7 @@ def write_report(results: Results, checkpoint: Path, runs: list[Path], trials: l
     curves = {seed: one for seed, one in curves.items() if len(one["steps"]) > 1}
     rows += training_row(curves) if curves else []
     missing += [] if curves else ["more training (--runs)"]
+    missing += [] if trials else ["flags of training (--trials)"]
 
     lines = [
         "# The lab: what sonic-mini does, measured",

@@ -59,7 +59,7 @@ class BaseModels:
         return BaseModels(self.vae.to(device), self.image_encoder.to(device), self.scheduler)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels [n, 3, 8 H, 8 W] in -1..1 -> the mean of the VAE's posterior, *not* scaled, float32 [n, 4, H, W]."""
+        """Pixels [n, 3, 8 H, 8 W] in -1..1 -> the mean of the VAE's posterior, *not* scaled, float32 [n, C, H, W]."""
         return self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
 
     def embeddings(self, clip_pixels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """EDM preconditioning, training loss and denoising: one object for training and for sampling (SPEC.md sections 3 and 6).
 
-Axes: B clips, F frames of a window, H W latent height and width, D cross-attention width, K audio tokens per frame,
+Axes: B clips, F frames of a window, C H W latent channels, height and width, D cross-attention width, K audio tokens per frame,
 E CLIP width.
 Noisy latents are x = x0 + sigma · noise, with x0 the VAE's latents times its scaling factor.
 """
@@ -53,7 +53,7 @@ def denoised(x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
 
 @dataclass
 class Portrait:
-    """The still side of a condition: reference latent [B, 4, H, W] (the VAE's mode, *not* scaled), CLIP embedding [B, E],
+    """The still side of a condition: reference latent [B, C, H, W] (the VAE's mode, *not* scaled), CLIP embedding [B, E],
     face mask [B or 1, 1, h, w] in 0..1 at any size."""
 
     latent: Tensor
@@ -69,7 +69,7 @@ class Portrait:
 class ClipBatch:
     """Clips as the frozen encoders leave them.
 
-    latents [B, F, 4, H, W]; short windows [B, F, 10, S, W']; long windows [B, F, 50, 1, W']; buckets [B, 2]; fps [B].
+    latents [B, F, C, H, W]; short windows [B, F, 10, S, W']; long windows [B, F, 50, 1, W']; buckets [B, 2]; fps [B].
     """
 
     latents: Tensor
@@ -124,7 +124,7 @@ class Denoiser(nn.Module):
     def velocity(
         self, x: Tensor, sigma: Tensor, portrait: Portrait, tokens: Tensor, buckets: Tensor, fps: Tensor
     ) -> Tensor:
-        """x [B, F, 4, H, W], sigma [B], tokens [B, F, K, D], buckets [B, 2], fps [B] -> v like x."""
+        """x [B, F, C, H, W], sigma [B], tokens [B, F, K, D], buckets [B, 2], fps [B] -> v like x."""
         frames, dtype = x.shape[1], self.unet.dtype
         scale = scalings(sigma)
         reference = portrait.latent[:, None].expand(-1, frames, -1, -1, -1)

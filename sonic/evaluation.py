@@ -33,7 +33,7 @@ TRUTH_SUFFIX = ".truth.npz"
 class VideoFrames:
     """A video's pictures as a sequence that is read when it is asked for, at the video's own rate if that divides 25.
 
-    Any other rate is seen at 25 frames per second, as everything here sees videos.
+    Any other rate is seen at the nearest one that does: 30 at 25, 15 at 12.5 frames per second.
     """
 
     def __init__(self, reader: VideoReader, step: int | None = None):
@@ -84,7 +84,7 @@ def evaluate(
         if window and not frames.as_stored:
             raise UserError(
                 f"--window counts frames, but {video} has {reader.info.fps:g} of them per second and is seen at "
-                f"{TICK_RATE}: leave --window out, or give a video of 25 or 12.5 frames per second."
+                f"{frames.fps:g}: leave --window out, or give a video of 25 or 12.5 frames per second."
             )
         if window and window >= len(frames):
             notes.append(f"a window of {window} frames leaves no border in {len(frames)}: no seams")

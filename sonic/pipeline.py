@@ -1,6 +1,6 @@
 """SonicPipeline: portrait + speech -> frames -> file (SPEC.md sections 2 to 5).
 
-Axes: N frames of the video, W frames of a window, K audio tokens, D their width, H W latent height and width.
+Axes: N frames of the video, W frames of a window, K audio tokens, D their width, C H W latent channels, height and width.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Animator:
         self.base = base
 
     def encode_portrait(self, portrait: PortraitPixels) -> Portrait:
-        """Reference latent [1, 4, H, W] (the VAE's mode, not scaled), CLIP embedding [1, E] and face mask [1, 1, h, w]."""
+        """Reference latent [1, C, H, W] (the VAE's mode, not scaled), CLIP embedding [1, E] and face mask [1, 1, h, w]."""
         return Portrait(
             latent=self.base.latents(portrait.pixels[None]),
             clip=self.base.embeddings(portrait.clip_pixels[None]),
@@ -197,12 +197,12 @@ class Animator:
         return velocities
 
     def decode(self, latents: Tensor, chunk: int) -> Iterator[np.ndarray]:
-        """Latents [N, 4, H, W] -> frames uint8 [n, 8 H, 8 W, 3], `chunk` at a time."""
+        """Latents [N, C, H, W] -> frames uint8 [n, 8 H, 8 W, 3], `chunk` at a time."""
         for part in self.decode_pixels(latents, chunk):
             yield to_pictures(part)
 
     def decode_pixels(self, latents: Tensor, chunk: int) -> Iterator[Tensor]:
-        """Latents [N, 4, H, W] -> pixels [n, 3, 8 H, 8 W] in about -1..1, `chunk` at a time."""
+        """Latents [N, C, H, W] -> pixels [n, 3, 8 H, 8 W] in about -1..1, `chunk` at a time."""
         vae = self.base.vae
         for part in latents.split(chunk):
             part = (part / vae.config.scaling_factor).to(vae.dtype)
@@ -231,7 +231,7 @@ class Animator:
         settings: Settings,
         on_progress: Progress | None = None,
     ) -> Tensor:
-        """The denoised latents [N, 4, H, W] that start from `noise`, like them."""
+        """The denoised latents [N, C, H, W] that start from `noise`, like them."""
         sigmas = sampling.noise_levels(self.base.scheduler, settings.num_inference_steps).to(self.device)
         velocities = self.branches(still, speech)
         windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))

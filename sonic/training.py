@@ -4,7 +4,7 @@ Everything random is drawn per sample from (seed, sample number), never from a g
 it has seen. So a run that is cut and resumed, also with other numbers of workers or processes, goes through the same samples
 with the same noise and dropout, none twice and none left out.
 
-Axes: B clips, F frames of a window, R pixels of a side, H W latent height and width (R / 8).
+Axes: B clips, F frames of a window, R pixels of a side, C H W latent channels, height and width (R / 8).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def readable(loader: Iterable[dict]) -> Iterator[dict]:
 
 @dataclass
 class Draw:
-    """sigma [B], noise [B, F, 4, H, W], and what is kept of the conditions, [B] each."""
+    """sigma [B], noise [B, F, C, H, W], and what is kept of the conditions, [B] each."""
 
     sigma: Tensor
     noise: Tensor
@@ -142,7 +142,7 @@ class Encoders:
 
     @torch.no_grad()
     def __call__(self, samples: dict) -> EncodedClip:
-        """Collated samples of `SonicDataset` -> latents [B, F, 4, H, W] (scaled) and conditions."""
+        """Collated samples of `SonicDataset` -> latents [B, F, C, H, W] (scaled) and conditions."""
         # Contiguous, as workers deliver them: another memory layout would round differently.
         frames = samples["frames"].contiguous()
         latents = [self.base.latents(part) for part in rearrange(frames, "b f c h w -> (b f) c h w").split(VAE_BATCH)]
