@@ -130,7 +130,10 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
         "| … and the wall behind | median PSNR of the still background ≥ 28 dB | 20.0 (20.0 … 20.0) dB | **missed** |"
         in text
     )
-    assert text.count("**missed**") == 1 and "Not measured: silence, more training (--runs)." in text
+    assert (
+        text.count("**missed**") == 1
+        and "Not measured: silence, more training (--runs), flags of training (--trials)." in text
+    )
     assert (tmp_path / "lab/clips.png").stat().st_size > 10_000
     assert (tmp_path / "lab/guidance.png").stat().st_size > 5_000
 
