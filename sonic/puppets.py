@@ -147,9 +147,10 @@ class Motion:
 def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) -> tuple[np.ndarray, np.ndarray]:
     """The law of the mouth: speech (float32 mono [n], 16 kHz) to (opening [T] in 0 … 1, width [T] in -1 … 1).
 
-    Opening: level of the band 100-4000 Hz on a decibel scale, 0 at 27 dB under the clip's speech level (the 95th
-    percentile) and 1 three dB above it. Width: tilt, that is the level of 1200-4000 Hz over that of 100-1000 Hz, from
-    rounded (10 dB under the clip's usual tilt, /u/) to spread (10 dB above it, /i/); it fades to 0 as the mouth closes.
+    Opening: mean level of the octaves from 125 to 4000 Hz on a decibel scale, 0 at 27 dB under the clip's speech level
+    (the 95th percentile) and 1 three dB above it (`sync.speech_energy`). Width: tilt, that is the level of 1200-4000 Hz
+    over that of 100-1000 Hz, from rounded (10 dB under the clip's usual tilt, /u/) to spread (10 dB above it, /i/); it
+    fades to 0 as the mouth closes.
     Tick i is centred on sample (i + 0.5) 16000 / fps; all smoothing is symmetric, so there is no delay.
     """
     power = speech_power(speech, num_ticks, fps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from sonic.config import SAMPLE_RATE, TICK_RATE
 POINT_RATE = 200  # Hz
 HOP, WINDOW = SAMPLE_RATE // POINT_RATE, SAMPLE_RATE // 25  # samples: every 5 ms, 40 ms long
 HERTZ = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE)
-SPEECH_BAND = (100, 4000)  # Hz
+SPEECH_OCTAVES = (125, 250, 500, 1000, 2000, 4000)  # Hz, edges
 # Anything under -60 dB is a recorder's noise, not a voice: without this, silence alone would open the mouth.
 QUIETEST_SPEECH = -60
 FLOOR, RANGE = 27, 30  # dB: energy is 0 so far under the speech level, and 1 so far above that
 SMOOTHING = np.hanning(27)[1:-1]  # 25 points, 125 ms: what lips can follow
 
-SILENT = 0.02  # energy; under it nobody speaks
+SILENT = 0.14  # energy, about 23 dB under the speech level, where a room's noise lies; under it nobody speaks
 SILENCE = 0.2  # seconds; what is shorter is a closed lip's plosive, not a pause
 SILENCE_MARGIN = 0.08  # seconds at both ends of a silence, in which a mouth may still be closing or open already
 
@@ -34,6 +35,7 @@ MIN_FRAMES = 10  # fewer pairs, or fewer than half of the clip's, say nothing ab
 def speech_energy(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) -> np.ndarray:
     """Energy of speech [n] in the speech band, float32 [T] in 0 … 1 on a decibel scale, smoothed over 125 ms, no delay.
 
+    The band's five octaves count alike (mean of their levels), so that an open vowel is more than a hum of the same power.
     0 at 27 dB under the clip's speech level (the 95th percentile) and below, 1 at 3 dB above it. Frame i is centred on
     sample (i + 0.5) 16000 / fps. It is the law by which puppets open their mouths (`puppets.speech_to_mouth`).
     """
@@ -53,14 +55,15 @@ def speech_power(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) -> 
 
 def band_level(power: np.ndarray, low: float, high: float) -> np.ndarray:
     """Level in dB [P] of the band low … high Hz of power spectra [P, bins]."""
-    return 10 * np.log10(power[:, (low <= HERTZ) & (high > HERTZ)].sum(axis=1) + 1e-9)
+    return 10 * np.log10(power[:, (low <= HERTZ) & (high > HERTZ)].sum(axis=1) + 1e-12)
 
 
 def band_energy(power: np.ndarray) -> np.ndarray:
-    """Level of the speech band relative to the clip's speech level, [P] in 0 … 1; not smoothed."""
-    band = band_level(power, *SPEECH_BAND)
-    speech_level = max(np.percentile(band, 95), QUIETEST_SPEECH)
-    return np.clip((band - speech_level + FLOOR) / RANGE, 0, 1)
+    """Mean level of the speech band's octaves relative to the clip's speech level, [P] in 0 … 1; not smoothed."""
+    level = np.mean([band_level(power, *edges) for edges in pairwise(SPEECH_OCTAVES)], axis=0)
+    loudest = np.percentile(band_level(power, SPEECH_OCTAVES[0], SPEECH_OCTAVES[-1]), 95)
+    too_quiet = max(QUIETEST_SPEECH - loudest, 0)
+    return np.clip((level - np.percentile(level, 95) - too_quiet + FLOOR) / RANGE, 0, 1)
 
 
 def at_ticks(curve: np.ndarray, num_ticks: int, fps: float = TICK_RATE) -> np.ndarray:
@@ -71,7 +74,7 @@ def at_ticks(curve: np.ndarray, num_ticks: int, fps: float = TICK_RATE) -> np.nd
 
 
 def silent_frames(energy: np.ndarray, fps: float = TICK_RATE) -> np.ndarray:
-    """Where nobody speaks, bool [T]: stretches of 0.2 s at the floor of `speech_energy`, less 0.08 s at both ends."""
+    """Where nobody speaks, bool [T]: stretches of 0.2 s in which `speech_energy` is below SILENT, less 0.08 s at both ends."""
     silent = np.zeros(len(energy), dtype=bool)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], energy < SILENT, [False]])))
     margin = math.ceil(SILENCE_MARGIN * fps)

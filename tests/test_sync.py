@@ -14,6 +14,14 @@ def tone(seconds, loudness=0.2, hertz=500):
     return np.float32(loudness * np.sin(2 * np.pi * hertz * np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE))
 
 
+def buzz(seconds, loudness=0.2):
+    """What is in all octaves of the speech band, like a voice; symmetric about its middle."""
+    angle = (
+        2 * np.pi * 150 * (np.arange(round(seconds * SAMPLE_RATE)) - round(seconds * SAMPLE_RATE) // 2) / SAMPLE_RATE
+    )
+    return np.float32(loudness / 3 * sum(np.cos(order * angle) / order for order in range(1, 25)))
+
+
 def syllables(num_ticks, seed=0):
     """A curve like a speech's: smooth, irregular, [num_ticks]."""
     noise = np.random.default_rng(seed).normal(size=num_ticks + 20)
@@ -24,20 +32,20 @@ def syllables(num_ticks, seed=0):
 
 
 def test_energy_is_relative_to_the_speech_level():
-    speech = np.concatenate([tone(1), tone(1, 0.02), tone(1, 0)])
+    speech = np.concatenate([buzz(1), buzz(1, 0.02), buzz(1, 0)])
     energy = speech_energy(speech, 75)
     assert energy.shape == (75,) and energy.dtype == np.float32
     assert energy[5:20] == pytest.approx(27 / 30, abs=0.02)  # the speech level itself
     assert energy[30:45] == pytest.approx(7 / 30, abs=0.02)  # 20 dB below
     assert energy[55:].max() == 0
     assert np.allclose(speech_energy(speech * 0.05, 75), energy, atol=0.02)
-    assert speech_energy(tone(1, hertz=6000) + np.concatenate([tone(0.5), tone(0.5, 0)]), 25)[15:].max() < 0.1
+    assert speech_energy(tone(1, hertz=6000) + np.concatenate([buzz(0.5), buzz(0.5, 0)]), 25)[15:].max() < 0.1
 
 
 def test_energy_of_silence_of_nothing_and_beyond_the_end():
     assert speech_energy(tone(1, 0), 25).max() == 0
     assert speech_energy(np.zeros(0, np.float32), 3).tolist() == [0, 0, 0]
-    assert speech_energy(tone(1), 50)[28:].max() == 0  # a video that is longer than its sound ends in silence
+    assert speech_energy(buzz(1), 50)[28:].max() == 0  # a video that is longer than its sound ends in silence
 
 
 @pytest.mark.parametrize("fps", [25, 12.5, 30])
@@ -45,20 +53,20 @@ def test_energy_is_in_time_and_is_the_puppets_law(fps):
     middle, num_ticks = 11, 23
     speech = np.zeros(round(num_ticks / fps * SAMPLE_RATE), np.float32)
     centre = round((middle + 0.5) / fps * SAMPLE_RATE)
-    speech[centre - 1600 : centre + 1601] = [*tone(0.2, hertz=500), 0]
+    speech[centre - 1600 : centre + 1600] = buzz(0.2)
     energy = speech_energy(speech, num_ticks, fps)
-    assert energy.argmax() == middle and np.allclose(energy, energy[::-1], atol=0.02)
+    assert energy[middle] > energy.max() - 1e-3 and np.allclose(energy, energy[::-1], atol=0.02)
     assert np.array_equal(energy, speech_to_mouth(speech, num_ticks, fps)[0])
 
 
 def test_silences_are_long_enough_and_lose_their_ends():
-    energy = np.full(60, 0.05)  # a whisper is no silence
+    energy = np.full(60, 0.2)  # a whisper is no silence
     energy[10:14] = 0  # 0.16 s: a plosive
-    energy[20:25] = 0.01  # 0.2 s
+    energy[20:25] = 0.1  # 0.2 s
     energy[50:] = 0
     assert np.flatnonzero(silent_frames(energy)).tolist() == [22, *range(52, 58)]
     assert np.flatnonzero(silent_frames(energy, 12.5)).tolist() == [11, 12, *range(21, 24), *range(51, 59)]
-    assert not silent_frames(np.full(60, 0.05)).any()
+    assert not silent_frames(np.full(60, 0.2)).any()
     assert silent_frames(np.zeros(60)).sum() == 56
 
 
