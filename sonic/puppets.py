@@ -113,6 +113,7 @@ class Pose:
     opening: float = 0.0  # mouth, 0 closed … 1 wide open; a little more is drawn as well
     width: float = 0.0  # mouth, -1 rounded … 1 spread
     smile: float = 0.0  # corners of the mouth, -1 down … 1 up
+    mouth_x: float = 0.0  # mouth to the side, -1 left … 1 right
     x: float = 0.0  # head translation, pictures
     y: float = 0.0
     rotation: float = 0.0  # in-plane, degrees, clockwise as seen
@@ -165,8 +166,8 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
 
 
 def articulation(expression_amplitude: float) -> float:
-    """How far a mouth goes along the law: 0.35 of it for a puppet without expression, all of it at amplitude 1, 1.27 at 2."""
-    return 0.35 + 0.65 * float(np.sqrt(expression_amplitude))
+    """How far a mouth goes along the law: 0.4 of it for a puppet without expression, all of it at amplitude 1, 1.25 at 2."""
+    return 0.4 + 0.6 * float(np.sqrt(expression_amplitude))
 
 
 def random_motion(
@@ -176,11 +177,11 @@ def random_motion(
     expression_amplitude: float = 1.0,
     fps: float = TICK_RATE,
 ) -> Motion:
-    """A `Motion` of smooth random head movement, brows, smile, gaze and blinks, with the mouth closed.
+    """A `Motion` of smooth random head movement, brows, smile, mouth to the side, gaze and blinks; the mouth is closed.
 
-    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` scales brows, smile and gaze, which
-    level off at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth that is drawn later). Each has
-    its own stream of `rng`: changing one leaves the other's path as it is.
+    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` scales the face's, which level off
+    at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth that is drawn later). Each has its own
+    stream of `rng`: changing one leaves the other's path as it is.
     """
     seconds = np.arange(num_ticks) / fps
     head_rng, face_rng, blink_rng = rng.spawn(3)
@@ -200,6 +201,7 @@ def random_motion(
     face = {
         "brow": 1.3 * wander(face_rng, 0.5, 3.0),
         "smile": 1.2 * wander(face_rng, 0.5, 2.5),
+        "mouth_x": 1.2 * wander(face_rng, 0.5, 2.5),
         "gaze_x": 0.7 * wander(face_rng, 0.1, 0.8),
         "gaze_y": 0.4 * wander(face_rng, 0.1, 0.8),
     }
@@ -291,7 +293,7 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
     Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, so that
-    there is something for `audio2bucket` to see in a portrait, and how much the face does, 65 % expressiveness and 35 %
+    there is something for `audio2bucket` to see in a portrait, and how much the face does, 45 % expressiveness and 55 %
     chance: of what the portrait tells already, a motion bucket teaches nothing.
     """
     chance = rng.uniform(size=2)
@@ -300,7 +302,7 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
     head_amplitude = between(head_amplitudes, 0.8 * identity.temper + 0.2 * chance[0])
-    expression_amplitude = between(expression_amplitudes, 0.65 * identity.expressiveness + 0.35 * chance[1])
+    expression_amplitude = between(expression_amplitudes, 0.45 * identity.expressiveness + 0.55 * chance[1])
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
     loudness = articulation(expression_amplitude)
     motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
@@ -333,7 +335,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--expression_amplitude",
-        help="brows, smile, gaze, blinks, and how far the mouth goes; two numbers: by expressiveness (light clothes)",
+        help="brows, smile, gaze, blinks, mouth to the side and along the law; two numbers: by expressiveness (light clothes)",
         **amplitude,
     )
     args = parser.parse_args(arguments)
