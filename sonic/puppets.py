@@ -165,16 +165,16 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
     return at_ticks(opening, num_ticks, fps), at_ticks(width, num_ticks, fps)
 
 
-def articulation(expression_amplitude: float) -> float:
+def articulation(expression_amplitude: float | np.ndarray) -> float | np.ndarray:
     """How far a mouth goes along the law: 0.4 of it for a puppet without expression, all of it at amplitude 1, 1.25 at 2."""
-    return 0.4 + 0.6 * float(np.sqrt(expression_amplitude))
+    return 0.4 + 0.6 * np.sqrt(expression_amplitude)
 
 
 def random_motion(
     num_ticks: int,
     rng: np.random.Generator,
     head_amplitude: float = 1.0,
-    expression_amplitude: float = 1.0,
+    expression_amplitude: float | np.ndarray = 1.0,
     fps: float = TICK_RATE,
 ) -> Motion:
     """A `Motion` of smooth random head movement, brows, smile, mouth to the side, gaze and blinks; the mouth is closed.
@@ -184,6 +184,7 @@ def random_motion(
     stream of `rng`: changing one leaves the other's path as it is.
     """
     seconds = np.arange(num_ticks) / fps
+    expression_amplitude = np.broadcast_to(expression_amplitude, (num_ticks,))
     head_rng, face_rng, blink_rng = rng.spawn(3)
 
     def wander(rng, low, high):  # a sum of slow waves, about 1 at its largest
@@ -210,7 +211,7 @@ def random_motion(
     blink = np.zeros(num_ticks)
     start = blink_rng.uniform(0.3, 2.5)
     while start < num_ticks / fps:
-        if blink_rng.uniform() < expression_amplitude:
+        if blink_rng.uniform() < expression_amplitude[int(start * fps)]:
             blink = np.maximum(blink, np.clip(1.6 - np.abs(seconds - start) / 0.08, 0, 1))  # shut for 0.1 s
         start += blink_rng.uniform(1.2, 4.0)
     return Motion(num_ticks, **head, **face, blink=blink)
@@ -283,26 +284,39 @@ def choose_excerpt(speech: np.ndarray, num_samples: int, rng: np.random.Generato
     return speech[best : best + num_samples], best
 
 
-def between(amplitudes: tuple[float, ...], position: float) -> float:
+def between(amplitudes: tuple[float, ...], position: float | np.ndarray) -> float | np.ndarray:
     """The amplitude at a position 0 … 1 of a range (or a single one), evenly spaced in motion buckets: by its square root."""
     low, high = np.sqrt(min(amplitudes)), np.sqrt(max(amplitudes))
-    return float(low + position * (high - low)) ** 2
+    return (low + position * (high - low)) ** 2
+
+
+def moods(num_frames: int, fps: float, rng: np.random.Generator) -> np.ndarray:
+    """A face that is calm at times and lively at others: 0 … 1, [T], with 0.3 s from one to the other."""
+    curve, at, state = np.zeros(num_frames), 0.0, float(rng.uniform() < 0.5)
+    seconds = np.arange(num_frames) / fps
+    while at < num_frames / fps:
+        curve[seconds >= at] = state
+        at, state = at + rng.uniform(0.8, 2.4), 1 - state
+    width = max(1, round(0.3 * fps))
+    padded = np.pad(curve, width, mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="same")[width:-width]
 
 
 def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
     Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, so that
-    there is something for `audio2bucket` to see in a portrait, and how much the face does, 45 % expressiveness and 55 %
-    chance: of what the portrait tells already, a motion bucket teaches nothing.
+    there is something for `audio2bucket` to see in a portrait, and how much the face does, 25 % expressiveness and 75 %
+    mood (`moods`): of what a portrait or the rest of a clip tells already, a motion bucket teaches nothing.
     """
-    chance = rng.uniform(size=2)
-    identity_rng, speech_rng, motion_rng = rng.spawn(3)
+    chance = rng.uniform()
+    identity_rng, speech_rng, motion_rng, mood_rng = rng.spawn(4)
     num_frames = max(1, round(seconds * fps))
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
-    head_amplitude = between(head_amplitudes, 0.8 * identity.temper + 0.2 * chance[0])
-    expression_amplitude = between(expression_amplitudes, 0.45 * identity.expressiveness + 0.55 * chance[1])
+    head_amplitude = between(head_amplitudes, 0.8 * identity.temper + 0.2 * chance)
+    mood = moods(num_frames, fps, mood_rng)
+    expression_amplitude = between(expression_amplitudes, 0.25 * identity.expressiveness + 0.75 * mood)
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
     loudness = articulation(expression_amplitude)
     motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
@@ -313,7 +327,7 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
         "size": size,
         "fps": fps,
         "head_amplitude": head_amplitude,
-        "expression_amplitude": expression_amplitude,
+        "expression_amplitude": float(np.mean(expression_amplitude)),  # it changes with the mood
     }
     return render_clip(identity, motion, size), speech, clip_truth(identity, motion, size), description
 

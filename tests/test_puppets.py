@@ -24,6 +24,7 @@ from sonic.puppets import (
     draw,
     main,
     make_clip,
+    moods,
     random_motion,
     render_clip,
     speech_to_mouth,
@@ -300,15 +301,19 @@ def test_between_two_amplitudes_looks_decide(speech_folder):
     looks, moves = [], []
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        _, _, _, about = make_clip(speech_folder / "one.wav", 0.2, rng, 64, 25, (0.25, 4), (0, 1))
+        _, _, _, about = make_clip(speech_folder / "one.wav", 1.0, rng, 64, 25, (0.25, 4), (0, 1))
         assert 0.25 <= about["head_amplitude"] <= 4 and 0 <= about["expression_amplitude"] <= 1
-        who = about["identity"]
-        looks.append((who["background_lightness"], who["clothes_lightness"]))
-        moves.append(((about["head_amplitude"] ** 0.5 - 0.5) / 1.5, about["expression_amplitude"] ** 0.5))
-    share = np.array([0.8, 0.45])  # of the looks, in how much the head and the face move
-    chance = np.array(moves) - share * np.array(looks)
-    assert (chance >= -1e-9).all() and (chance <= 1 - share + 1e-9).all()
-    assert chance.std(axis=0).min() > 0.02
+        looks.append(about["identity"]["background_lightness"])
+        moves.append((about["head_amplitude"] ** 0.5 - 0.5) / 1.5)
+    chance = np.array(moves) - 0.8 * np.array(looks)
+    assert chance.min() >= -1e-9 and chance.max() <= 0.2 + 1e-9 and chance.std() > 0.02  # the rest, from 0 to a fifth
+
+
+def test_moods_come_and_go():
+    curves = np.array([moods(250, 25, np.random.default_rng(seed)) for seed in range(8)])
+    assert curves.min() == 0 and curves.max() == 1 and 0.35 < curves.mean() < 0.65
+    assert np.abs(np.diff(curves)).max() < 0.2  # from one to the other in 0.3 s
+    assert (np.diff(curves > 0.5, axis=1).sum(axis=1) >= 4).all()  # calm and lively both, within 10 s
 
 
 def test_the_command_writes_clips_with_sound_and_truth(speech_folder, tmp_path):
