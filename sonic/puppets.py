@@ -179,8 +179,8 @@ def random_motion(
 ) -> Motion:
     """A `Motion` of smooth random head movement, brows, smile, mouth to the side, gaze and blinks; the mouth is closed.
 
-    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` scales the face's, which level off
-    at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth that is drawn later). Each has its own
+    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` (one, or [T]) scales the face's, which level
+    off at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth drawn later). Each has its own
     stream of `rng`: changing one leaves the other's path as it is.
     """
     seconds = np.arange(num_ticks) / fps
