@@ -297,14 +297,18 @@ def speech_folder(tmp_path):
     return folder
 
 
-def test_between_two_amplitudes_looks_decide(speech_folder):
+def test_between_two_amplitudes_looks_decide(speech_folder, monkeypatch):
     looks, moves = [], []
     for seed in range(12):
+        mood = seed % 2  # calm or lively all the time, so that what is left of an expression is the looks'
+        monkeypatch.setattr(puppets, "moods", lambda num_frames, fps, rng, mood=mood: np.full(num_frames, float(mood)))
         rng = np.random.default_rng(seed)
         _, _, _, about = make_clip(speech_folder / "one.wav", 1.0, rng, 64, 25, (0.25, 4), (0, 1))
         assert 0.25 <= about["head_amplitude"] <= 4 and 0 <= about["expression_amplitude"] <= 1
         looks.append(about["identity"]["background_lightness"])
         moves.append((about["head_amplitude"] ** 0.5 - 0.5) / 1.5)
+        expressive = 0.25 * about["identity"]["clothes_lightness"] + 0.75 * mood
+        assert about["expression_amplitude"] ** 0.5 == pytest.approx(expressive)
     chance = np.array(moves) - 0.8 * np.array(looks)
     assert chance.min() >= -1e-9 and chance.max() <= 0.2 + 1e-9 and chance.std() > 0.02  # the rest, from 0 to a fifth
 
