@@ -52,7 +52,7 @@ TRAINING = {
     "train_batch_size": 2,
     "mixed_precision": "bf16",  # a tenth faster than fp32, to the same losses
     "noise_draws": 3,
-    "lip_loss_weight": 6,
+    "lip_loss_weight": 12,
     "num_workers": 1,
     "logging_steps": 20,
     "validation_steps": 250,

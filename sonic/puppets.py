@@ -166,8 +166,8 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
 
 
 def articulation(expression_amplitude: float | np.ndarray) -> float | np.ndarray:
-    """How far a mouth goes along the law: 0.4 of it for a puppet without expression, all of it at amplitude 1, 1.25 at 2."""
-    return 0.4 + 0.6 * np.sqrt(expression_amplitude)
+    """How far a mouth goes along the law: 0.3 of it for a puppet without expression, all of it at amplitude 1, 1.3 at 2."""
+    return 0.3 + 0.7 * np.sqrt(expression_amplitude)
 
 
 def random_motion(
