@@ -21,7 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from sonic.adapters import AudioBucket, AudioToken
 from sonic.audio import AudioExtractor, WhisperFeatures
-from sonic.config import BASE_MODEL, SCHEDULER, WHISPER, Preset, Settings, UserError
+from sonic.config import BASE_MODEL, WHISPER, Preset, Settings, UserError
 from sonic.denoiser import Denoiser
 from sonic.unet import SonicUNet
 from sonic.weights import (
@@ -354,7 +354,7 @@ def create_base(folder: Path, preset: Preset) -> None:
         encoder.visual_projection.weight.mul_(4)
     config.save_pretrained(folder / "image_encoder")
     save_file(tensors_of(encoder), folder / "image_encoder/model.safetensors")
-    EulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
+    EulerDiscreteScheduler.from_config(preset.scheduler).save_pretrained(folder / "scheduler")
 
 
 def create_whisper(folder: Path, preset: Preset) -> None:

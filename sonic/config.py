@@ -71,6 +71,7 @@ class Preset:
     """A model at one size: its settings and the configurations of its parts, in the libraries' own terms."""
 
     settings: Settings
+    scheduler: dict
     unet: dict
     vae: dict
     image_encoder: dict
@@ -100,6 +101,7 @@ PRESETS = {
     # The released sizes (SPEC.md section 1; unet_config of the released checkpoint's manifest).
     "svd-xt": Preset(
         settings=Settings(),
+        scheduler=SCHEDULER,
         unet={
             "sample_size": 96,
             "in_channels": 8,
@@ -152,6 +154,8 @@ PRESETS = {
             decode_chunk_size=10,
             crop=0.5,
         ),
+        # Where pictures of this size are decided; of 12 steps over SVD's range, half change nothing and the others are too long.
+        scheduler=SCHEDULER | {"sigma_max": 40.0, "sigma_min": 0.05},
         unet={
             "sample_size": 16,
             "in_channels": 16,
