@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sonic import pipeline, unet
-from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH, long_windows
+from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH
 from sonic.checkpoints import training_checkpoints
 from sonic.config import SAMPLE_RATE, SHIPPED, TICK_RATE, SonicConfig
 from sonic.flags import run
@@ -244,13 +244,11 @@ def predict_buckets(experiment: Experiment, index: int, checkpoint: str, speech_
         crop=model.settings.crop,
         clip_size=base.image_encoder.config.image_size,
     )
-    seen = base.embeddings(portrait.clip_pixels[None])
+    seen, unscaled = base.embeddings(portrait.clip_pixels[None]), replace(model.config, **NO_SCALE)
     true, predicted = [], []
     for first in range(0, len(frames) - frames_of_window + 1, frames_of_window):
         ticks = torch.arange(first, first + frames_of_window)
-        heard = long_windows(features, ticks)
-        buckets = model.animator.denoiser.audio2bucket.buckets(heard, seen.expand(len(ticks), -1))
-        predicted.append(buckets[:, :2].mean(0).tolist())
+        predicted.append(model.motion_buckets(features, ticks, seen, unscaled).mean(0).tolist())
         true.append(motion_buckets(landmarks[first : first + frames_of_window]))
     return plain({"clip": index, "true": np.array(true), "predicted": np.array(predicted)})
 

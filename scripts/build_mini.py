@@ -33,7 +33,7 @@ from sonic.flags import run
 from sonic.weights import ROOT, atomic_folder
 
 # What decides how good the model gets, and how long it takes.
-CLIPS, SECONDS, SIZE = 700, 3, 192
+CLIPS, SECONDS, SIZE = 1000, 2.4, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 3.0), (0.0, 2.0)
 VAE_STEPS = 3000
 STEPS = 3500

@@ -350,8 +350,8 @@ def create_base(folder: Path, preset: Preset) -> None:
     AutoencoderKLTemporalDecoder(**preset.vae).save_pretrained(folder / "vae")
     config = CLIPVisionConfig(**preset.image_encoder)
     encoder = CLIPVisionModelWithProjection(config)
-    with torch.no_grad():  # random layers tell pictures apart by a quarter of a unit; what learns from them wants one
-        encoder.visual_projection.weight.mul_(4)
+    with torch.no_grad():  # random layers tell pictures apart by a quarter of a unit, and would drown beside the sound
+        encoder.visual_projection.weight.mul_(8)
     config.save_pretrained(folder / "image_encoder")
     save_file(tensors_of(encoder), folder / "image_encoder/model.safetensors")
     EulerDiscreteScheduler.from_config(preset.scheduler).save_pretrained(folder / "scheduler")

@@ -404,7 +404,7 @@ class Puppet:
         gap = 0.062 * max(pose.opening, 0)
         half = self.mouth_half * (1 + 0.24 * pose.width) * (1 - 0.10 * pose.opening)
         thick = self.lips * (1 - 0.22 * pose.width)
-        corners = self.mouth[1] + 0.12 * gap - (0.003 + 0.020 * pose.smile) * np.abs(t) ** 2.2
+        corners = self.mouth[1] + 0.12 * gap - (0.003 + 0.015 * pose.smile) * np.abs(t) ** 2.2
         arch = (1 - t**2) ** (0.75 - 0.25 * max(-pose.width, 0))
         bow = 1 - 0.22 * np.exp(-((t / 0.16) ** 2)) - 0.10 * t**2  # Cupid's bow
         body = np.maximum(1 - np.abs(t) ** 2.6, 0)
@@ -417,8 +417,7 @@ class Puppet:
             lower + 1.28 * thick * body**0.8 + 0.001,
         )
         widths = (half, half, half + 0.005, half + 0.005)
-        aside = 0.020 * pose.mouth_x
-        return [np.stack([aside + t * wide, curve], 1) for wide, curve in zip(widths, curves, strict=True)]
+        return [np.stack([t * wide, curve], 1) for wide, curve in zip(widths, curves, strict=True)]
 
     def _draw_mouth(self, patch, pose):
         upper, lower, top, bottom = self._mouth_curves(pose)
@@ -433,10 +432,10 @@ class Puppet:
         part.tint(lower_lip * part.glow(middle[0] - 0.006, middle[1], 0.022, 0.3 * self.lips), self.light, 0.40)
         if inner is not None:
             part.tint(inner, (34, 10, 14))
-            tongue = part.glow(middle[0], lower[12, 1] + 0.004, 0.55 * (upper[-1, 0] - middle[0]), 0.20 * gap + 0.004)
+            tongue = part.glow(0, lower[12, 1] + 0.004, 0.55 * upper[-1, 0], 0.20 * gap + 0.004)
             part.tint(inner * np.minimum(tongue * 1.3, 1) * min(1, gap / 0.02), (176, 74, 78), 0.75)
-            edge = upper[12, 1] + min(0.009, 0.40 * gap) - 0.004 * ACROSS**2
-            teeth = np.stack([middle[0] + (upper[:, 0] - middle[0]) * 0.84, edge], 1)
+            edge = upper[12, 1] + min(0.009, 0.40 * gap) - 0.004 * (upper[:, 0] / upper[-1, 0]) ** 2
+            teeth = np.stack([upper[:, 0] * 0.84, edge], 1)
             teeth = np.concatenate([teeth, _moved(teeth[::-1], 0, -0.03)])
             part.tint(inner * part.mask(teeth), self.teeth, 0.93)
             part.tint(inner * part.stroke(_moved(upper, 0, 0.002), 0.006), (60, 20, 24), 0.45)  # the lip's shadow

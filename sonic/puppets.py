@@ -23,6 +23,10 @@ from sonic.puppet_drawing import Puppet
 from sonic.sync import at_ticks, band_energy, band_level, speech_power
 
 SPEECH_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4")
+VOICE = (
+    0.37,
+    0.55,
+)  # mean opening over a second or two at which a face is calm, and lively; half of speech lies between
 MIN_SIZE = 64  # pixels; below that, eyes and lips are too small to be drawn, let alone found
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +117,6 @@ class Pose:
     opening: float = 0.0  # mouth, 0 closed … 1 wide open; a little more is drawn as well
     width: float = 0.0  # mouth, -1 rounded … 1 spread
     smile: float = 0.0  # corners of the mouth, -1 down … 1 up
-    mouth_x: float = 0.0  # mouth to the side, -1 left … 1 right
     x: float = 0.0  # head translation, pictures
     y: float = 0.0
     rotation: float = 0.0  # in-plane, degrees, clockwise as seen
@@ -177,7 +180,7 @@ def random_motion(
     expression_amplitude: float | np.ndarray = 1.0,
     fps: float = TICK_RATE,
 ) -> Motion:
-    """A `Motion` of smooth random head movement, brows, smile, mouth to the side, gaze and blinks; the mouth is closed.
+    """A `Motion` of smooth random head movement, brows, smile, gaze and blinks, with the mouth closed.
 
     `head_amplitude` scales translation, rotation and distance; `expression_amplitude` (one, or [T]) scales the face's, which level
     off at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth drawn later). Each has its own
@@ -201,8 +204,7 @@ def random_motion(
     head["scale"] = 1 + head["scale"]
     face = {
         "brow": 1.3 * wander(face_rng, 0.5, 3.0),
-        "smile": 1.2 * wander(face_rng, 0.5, 2.5),
-        "mouth_x": 1.2 * wander(face_rng, 0.5, 2.5),
+        "smile": 0.8 * wander(face_rng, 0.5, 2.5),
         "gaze_x": 0.7 * wander(face_rng, 0.1, 0.8),
         "gaze_y": 0.4 * wander(face_rng, 0.1, 0.8),
     }
@@ -290,13 +292,17 @@ def between(amplitudes: tuple[float, ...], position: float | np.ndarray) -> floa
     return (low + position * (high - low)) ** 2
 
 
-def moods(num_frames: int, fps: float, rng: np.random.Generator) -> np.ndarray:
-    """A face that is calm at times and lively at others: 0 … 1, [T], with 0.3 s from one to the other."""
-    curve, at, state = np.zeros(num_frames), 0.0, float(rng.uniform() < 0.5)
-    seconds = np.arange(num_frames) / fps
-    while at < num_frames / fps:
-        curve[seconds >= at] = state
-        at, state = at + rng.uniform(0.8, 2.4), 1 - state
+def moods(voice: np.ndarray, fps: float, rng: np.random.Generator) -> np.ndarray:
+    """A face that is calm at times and lively at others: 0 … 1, [T], with 0.3 s from one to the other.
+
+    A mood lasts 0.8 to 2.4 s. Chance decides it, and how loud the voice [T], 0 … 1, is meanwhile (VOICE: calm for certain,
+    lively for certain).
+    """
+    curve, first, (calm, lively) = np.zeros(len(voice)), 0, VOICE
+    while first < len(voice):
+        last = first + max(1, round(rng.uniform(0.8, 2.4) * fps))
+        curve[first:last] = rng.uniform() < (voice[first:last].mean() - calm) / (lively - calm)
+        first = last
     width = max(1, round(0.3 * fps))
     padded = np.pad(curve, width, mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="same")[width:-width]
@@ -305,8 +311,8 @@ def moods(num_frames: int, fps: float, rng: np.random.Generator) -> np.ndarray:
 def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
-    Amplitudes are given as one number or two. Between two, how much the head moves is 80 % temper and 20 % chance, so that
-    there is something for `audio2bucket` to see in a portrait, and how much the face does, 25 % expressiveness and 75 %
+    Amplitudes are given as one number or two. Between two, how much the head moves is 90 % temper and 10 % chance, so that
+    there is something for `audio2bucket` to see in a portrait, and how much the face does, 35 % expressiveness and 65 %
     mood (`moods`): of what a portrait or the rest of a clip tells already, a motion bucket teaches nothing.
     """
     chance = rng.uniform()
@@ -314,12 +320,13 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
     num_frames = max(1, round(seconds * fps))
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
-    head_amplitude = between(head_amplitudes, 0.8 * identity.temper + 0.2 * chance)
-    mood = moods(num_frames, fps, mood_rng)
-    expression_amplitude = between(expression_amplitudes, 0.25 * identity.expressiveness + 0.75 * mood)
+    head_amplitude = between(head_amplitudes, 0.9 * identity.temper + 0.1 * chance)
+    opening, width = speech_to_mouth(speech, num_frames, fps)
+    mood = moods(opening, fps, mood_rng)
+    expression_amplitude = between(expression_amplitudes, 0.35 * identity.expressiveness + 0.65 * mood)
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
     loudness = articulation(expression_amplitude)
-    motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
+    motion.opening, motion.width = loudness * opening, loudness * width
     description = {
         "identity": dataclasses.asdict(identity),
         "speech": recording.name,
@@ -349,7 +356,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--expression_amplitude",
-        help="brows, smile, gaze, blinks, mouth to the side and along the law; two numbers: by expressiveness (light clothes)",
+        help="brows, smile, gaze, blinks, the mouth along the law; two numbers: by mood and expressiveness (light clothes)",
         **amplitude,
     )
     args = parser.parse_args(arguments)

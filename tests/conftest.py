@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sonic.checkpoints import create_checkpoint
-from sonic.config import Preset, Settings
+from sonic.config import SCHEDULER, Preset, Settings
 
 torch.set_num_threads(1)  # the tiny model has nothing to share out; more threads only wait for each other
 
@@ -25,6 +25,7 @@ TINY = Preset(
         decode_chunk_size=4,
         crop=0.5,
     ),
+    scheduler=SCHEDULER,
     unet={
         "sample_size": 8,
         "in_channels": 8,
