@@ -23,10 +23,6 @@ from sonic.puppet_drawing import Puppet
 from sonic.sync import at_ticks, band_energy, band_level, speech_power
 
 SPEECH_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4")
-VOICE = (
-    0.37,
-    0.55,
-)  # mean opening over a second or two at which a face is calm, and lively; half of speech lies between
 MIN_SIZE = 64  # pixels; below that, eyes and lips are too small to be drawn, let alone found
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,17 +288,13 @@ def between(amplitudes: tuple[float, ...], position: float | np.ndarray) -> floa
     return (low + position * (high - low)) ** 2
 
 
-def moods(voice: np.ndarray, fps: float, rng: np.random.Generator) -> np.ndarray:
-    """A face that is calm at times and lively at others: 0 … 1, [T], with 0.3 s from one to the other.
-
-    A mood lasts 0.8 to 2.4 s. Chance decides it, and how loud the voice [T], 0 … 1, is meanwhile (VOICE: calm for certain,
-    lively for certain).
-    """
-    curve, first, (calm, lively) = np.zeros(len(voice)), 0, VOICE
-    while first < len(voice):
-        last = first + max(1, round(rng.uniform(0.8, 2.4) * fps))
-        curve[first:last] = rng.uniform() < (voice[first:last].mean() - calm) / (lively - calm)
-        first = last
+def moods(num_frames: int, fps: float, rng: np.random.Generator) -> np.ndarray:
+    """A face that is calm at times and lively at others: 0 … 1, [T], with 0.3 s from one to the other."""
+    curve, at, state = np.zeros(num_frames), 0.0, float(rng.uniform() < 0.5)
+    seconds = np.arange(num_frames) / fps
+    while at < num_frames / fps:
+        curve[seconds >= at] = state
+        at, state = at + rng.uniform(0.8, 2.4), 1 - state
     width = max(1, round(0.3 * fps))
     padded = np.pad(curve, width, mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="same")[width:-width]
@@ -311,22 +303,21 @@ def moods(voice: np.ndarray, fps: float, rng: np.random.Generator) -> np.ndarray
 def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
-    Amplitudes are given as one number or two. Between two, how much the head moves is 90 % temper and 10 % chance, so that
-    there is something for `audio2bucket` to see in a portrait, and how much the face does, 35 % expressiveness and 65 %
-    mood (`moods`): of what a portrait or the rest of a clip tells already, a motion bucket teaches nothing.
+    Amplitudes are given as one number or two. Between two, how much the head moves is 85 % temper and 15 % chance, so that
+    there is something for `audio2bucket` to see in a portrait, and how much the face does, 15 % expressiveness and 85 %
+    mood (`moods`): of what portrait, voice or the rest of a clip tell already, a motion bucket teaches nothing.
     """
     chance = rng.uniform()
     identity_rng, speech_rng, motion_rng, mood_rng = rng.spawn(4)
     num_frames = max(1, round(seconds * fps))
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
-    head_amplitude = between(head_amplitudes, 0.9 * identity.temper + 0.1 * chance)
-    opening, width = speech_to_mouth(speech, num_frames, fps)
-    mood = moods(opening, fps, mood_rng)
-    expression_amplitude = between(expression_amplitudes, 0.35 * identity.expressiveness + 0.65 * mood)
+    head_amplitude = between(head_amplitudes, 0.85 * identity.temper + 0.15 * chance)
+    mood = moods(num_frames, fps, mood_rng)
+    expression_amplitude = between(expression_amplitudes, 0.15 * identity.expressiveness + 0.85 * mood)
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
     loudness = articulation(expression_amplitude)
-    motion.opening, motion.width = loudness * opening, loudness * width
+    motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
     description = {
         "identity": dataclasses.asdict(identity),
         "speech": recording.name,

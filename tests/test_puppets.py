@@ -293,25 +293,23 @@ def test_between_two_amplitudes_looks_decide(speech_folder, monkeypatch):
     looks, moves = [], []
     for seed in range(12):
         mood = seed % 2  # calm or lively all the time, so that what is left of an expression is the looks'
-        monkeypatch.setattr(puppets, "moods", lambda voice, fps, rng, mood=mood: np.full(len(voice), float(mood)))
+        monkeypatch.setattr(puppets, "moods", lambda num_frames, fps, rng, mood=mood: np.full(num_frames, float(mood)))
         rng = np.random.default_rng(seed)
         _, _, _, about = make_clip(speech_folder / "one.wav", 1.0, rng, 64, 25, (0.25, 4), (0, 1))
         assert 0.25 <= about["head_amplitude"] <= 4 and 0 <= about["expression_amplitude"] <= 1
         looks.append(about["identity"]["background_lightness"])
         moves.append((about["head_amplitude"] ** 0.5 - 0.5) / 1.5)
-        expressive = 0.35 * about["identity"]["clothes_lightness"] + 0.65 * mood
+        expressive = 0.15 * about["identity"]["clothes_lightness"] + 0.85 * mood
         assert about["expression_amplitude"] ** 0.5 == pytest.approx(expressive)
-    chance = np.array(moves) - 0.9 * np.array(looks)
-    assert chance.min() >= -1e-9 and chance.max() <= 0.1 + 1e-9 and chance.std() > 0.01  # the rest, from 0 to a tenth
+    chance = np.array(moves) - 0.85 * np.array(looks)
+    assert chance.min() >= -1e-9 and chance.max() <= 0.15 + 1e-9 and chance.std() > 0.02  # the rest
 
 
-def test_moods_come_and_go_with_the_voice():
-    calm, lively = puppets.VOICE
-    for voice, mean in ((calm, 0), ((calm + lively) / 2, 0.5), (lively, 1)):
-        curves = np.array([moods(np.full(250, voice), 25, np.random.default_rng(seed)) for seed in range(20)])
-        assert curves.min() >= 0 and curves.max() <= 1 and curves.mean() == pytest.approx(mean, abs=0.12)
-        assert np.abs(np.diff(curves)).max() < 0.2  # from one to the other in 0.3 s
-        assert mean != 0.5 or np.diff(curves > 0.5, axis=1).sum(axis=1).mean() > 2  # calm and lively both, within 10 s
+def test_moods_come_and_go():
+    curves = np.array([moods(250, 25, np.random.default_rng(seed)) for seed in range(8)])
+    assert curves.min() == 0 and curves.max() == 1 and 0.35 < curves.mean() < 0.65
+    assert np.abs(np.diff(curves)).max() < 0.2  # from one to the other in 0.3 s
+    assert (np.diff(curves > 0.5, axis=1).sum(axis=1) >= 4).all()  # calm and lively both, within 10 s
 
 
 def test_the_command_writes_clips_with_sound_and_truth(speech_folder, tmp_path):
