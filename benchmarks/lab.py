@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 import torch
 from build_mini import EXPRESSION_AMPLITUDES, HEAD_AMPLITUDES, SIZE
-from lab_report import write_report
+from lab_report import BUCKETS, write_report
 from PIL import Image
 from tqdm import tqdm
 
@@ -60,7 +60,6 @@ LONG_CLIPS, LONG_SECONDS = 2, 30.0
 SILENCE = (1.4, 2.8)  # seconds without speech, in the clips that ask for it
 PORTRAIT_SIZE = 256
 SEED = 9000  # of faces and excerpts; training clips have others
-BUCKETS = (16, 112)
 GUIDANCE = (0.0, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
 SWEEP_CLIPS = 12  # for curves over many settings
 DTYPE = "bf16"  # on CPUs that know it, two thirds of the time; the pictures differ by less than the VAE's own error

@@ -18,6 +18,7 @@ from sonic.weights import ROOT, portable
 
 DOCUMENT, PLOTS = ROOT / "docs/lab.md", ROOT / "docs/lab"
 Results = dict[str, list[dict]]
+BUCKETS = (16, 112)  # a motion bucket that asks for little, and one that asks for much
 GAP_OPEN = 0.002  # at sigma 3; untrained models were seen at -0.0009 to 0.0003
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
 
@@ -135,13 +136,13 @@ def keeps(results: Results) -> list[Row]:
 def bucket_rows(results: Results) -> list[Row]:
     made = []
     for side, other in (("translation", "expression"), ("expression", "translation")):
-        low, high = (results[f"{side} bucket {bucket}"] for bucket in (16, 112))
+        low, high = (results[f"{side} bucket {bucket}"] for bucket in BUCKETS)
         growth = np.nanmedian(values(high, side) / values(low, side))
         leak = np.nanmedian(values(high, other) / values(low, other))
         change = np.nanmedian(values(high, "opening_r")) - np.nanmedian(values(low, "opening_r"))
         made.append(
             Row(
-                f"{side} bucket works alone (16 → 112)",
+                f"{side} bucket works alone ({BUCKETS[0]} → {BUCKETS[1]})",
                 f"{side} motion ≥ 3 ×; mouth r changes ≤ 0.05; {other} motion ≤ 25 %",
                 f"{growth:.1f} ×; r {change:+.3f}; {other} {leak - 1:+.0%}",
                 bool(growth >= 3 and abs(change) <= 0.05 and abs(leak - 1) <= 0.25),
@@ -272,7 +273,7 @@ PARTS: list[Part] = [
     (("silence",), closes),
     (("main",), keeps),
     (
-        (*(f"{side} bucket {b}" for side in ("translation", "expression") for b in (16, 112)), "predicted buckets"),
+        (*(f"{side} bucket {b}" for side in ("translation", "expression") for b in BUCKETS), "predicted buckets"),
         bucket_rows,
     ),
 ]

@@ -35,7 +35,6 @@ from sonic.weights import ROOT, atomic_folder
 # What decides how good the model gets, and how long it takes.
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 3.0), (0.0, 2.5)
-VAE_STEPS = 3000
 STEPS = 3500
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
@@ -93,7 +92,7 @@ class Build:
         )
 
     def vae(self, folder: Path) -> dict:
-        call("scripts/mini_vae.py", folder, "--steps", VAE_STEPS, "--seed", self.seed)
+        call("scripts/mini_vae.py", folder, "--seed", self.seed)
         return json.loads((folder / MEASURED).read_text())
 
     def start(self, folder: Path) -> None:

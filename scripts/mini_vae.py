@@ -41,7 +41,7 @@ FACE_WEIGHT = 4  # eyes and mouth are small, and what makes a face known
 # time, and go down to their due over the first part of the steps (worth 0.8 dB after 200).
 COLOUR_AXES = torch.tensor([[0.577, 0.577, 0.577], [0.707, 0.0, -0.707], [0.408, -0.816, 0.408]])
 COLOUR_WEIGHT, COLOUR_SHARE = 3.0, 0.6
-LEARNING_RATE = 1.5e-3
+STEPS, LEARNING_RATE = 3000, 1.5e-3
 UNSEEN, MEASURED = 32, "measured.json"  # clips to measure with, and where it is written
 KL_WEIGHT, START_LOG_VARIANCE = 1e-5, -6.0
 
@@ -196,7 +196,7 @@ def psnr(mean_square: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write, in diffusers' layout")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and puppets (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
