@@ -243,7 +243,8 @@ def predict_buckets(experiment: Experiment, index: int, checkpoint: str, speech_
         crop=model.settings.crop,
         clip_size=base.image_encoder.config.image_size,
     )
-    seen, unscaled = base.embeddings(portrait.clip_pixels[None]), replace(model.config, **NO_SCALE)
+    seen = base.embeddings(portrait.clip_pixels[None])
+    unscaled = replace(model.config, **NO_SCALE)
     true, predicted = [], []
     for first in range(0, len(frames) - frames_of_window + 1, frames_of_window):
         ticks = torch.arange(first, first + frames_of_window)

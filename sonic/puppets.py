@@ -178,9 +178,9 @@ def random_motion(
 ) -> Motion:
     """A `Motion` of smooth random head movement, brows, smile, gaze and blinks, with the mouth closed.
 
-    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` (one, or [T]) scales the face's, which level
-    off at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth drawn later). Each has its own
-    stream of `rng`: changing one leaves the other's path as it is.
+    `head_amplitude` scales translation, rotation and distance; `expression_amplitude` (one, or [T]) scales brows, smile and
+    gaze, which level off at -1 and 1, and how often the eyes blink (and, by `articulation`, the mouth that is drawn later).
+    Each has its own stream of `rng`: changing one leaves the other's path as it is.
     """
     seconds = np.arange(num_ticks) / fps
     expression_amplitude = np.broadcast_to(expression_amplitude, (num_ticks,))
@@ -283,7 +283,7 @@ def choose_excerpt(speech: np.ndarray, num_samples: int, rng: np.random.Generato
 
 
 def between(amplitudes: tuple[float, ...], position: float | np.ndarray) -> float | np.ndarray:
-    """The amplitude at a position 0 … 1 of a range (or a single one), evenly spaced in motion buckets: by its square root."""
+    """The amplitude at a position 0 … 1 of a range (or a single one), even in its square root: calm ones are more frequent."""
     low, high = np.sqrt(min(amplitudes)), np.sqrt(max(amplitudes))
     return (low + position * (high - low)) ** 2
 

@@ -54,11 +54,10 @@ def similarity(points: np.ndarray, rng) -> np.ndarray:
     return np.einsum("tij,tpj->tpi", matrix, points) + rng.uniform(-50, 50, (count, 1, 2))
 
 
-def test_more_motion_gives_higher_buckets():
-    translations = [buckets(talking(0, moves))[0] for moves in (0, 2, 8, 30)]
-    expressions = [buckets(talking(opening))[1] for opening in (0, 3, 10, 25)]
-    assert max(translations[0], expressions[0]) < 1e-3
-    assert (np.diff(translations) > 10).all() and (np.diff(expressions) > 10).all()
+def test_buckets_are_proportional_to_motion():
+    for side, swings in ((0, [talking(0, 4 * much) for much in range(4)]), (1, [talking(4 * much) for much in range(4)])):
+        found = [buckets(swing)[side] for swing in swings]
+        assert found[1] > 10 and np.allclose(found, found[1] * np.arange(4), rtol=0.02, atol=1e-3)
     assert buckets(talking(500, 2000)).tolist() == [MAX_BUCKET, MAX_BUCKET]
 
 
@@ -91,7 +90,7 @@ def test_expression_ignores_translation_scale_and_turn():
 def test_tracking_noise_is_a_low_bucket():
     rng = np.random.default_rng(0)
     noisy = plain_face() + rng.normal(scale=0.003 * 60, size=(50, 68, 2))
-    assert (buckets(noisy) < 32).all()
+    assert (buckets(noisy) < 8).all()
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -100,9 +99,9 @@ def test_ordinary_talking_lies_between_32_and_96(number):
         (track,) = track_face(reader)
     found = np.array(
         [
-            motion_buckets(track.landmarks[start : start + span : step])
-            for span, step in ((25, 1), (50, 1), (50, 2))
-            for start in range(0, len(track.boxes) - span, 4)
+            motion_buckets(track.landmarks[start : start + 50 : step])
+            for step in (1, 2)
+            for start in range(0, len(track.boxes) - 50, 4)  # windows of 2 s, at 25 and 12.5 frames per second
         ]
     )
     assert (np.percentile(found, 10, axis=0) > 32).all() and (np.percentile(found, 90, axis=0) < 96).all(), found
