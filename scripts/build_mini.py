@@ -51,6 +51,7 @@ TRAINING = {
     "train_batch_size": 2,
     "mixed_precision": "bf16",  # a tenth faster than fp32, to the same losses
     "noise_draws": 3,
+    "p_mean": 1.4,  # what sound and buckets ask for is decided under much noise
     "lip_loss_weight": 12,
     "num_workers": 1,
     "logging_steps": 20,

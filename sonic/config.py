@@ -21,6 +21,9 @@ SHIPPED = f"{CHECKPOINTS}/sonic-mini"
 
 MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # motion buckets are multiplied by (SPEC.md section 5)
 
+# ln sigma ~ Normal(P_MEAN, P_STD) in training: SVD's values for high-resolution fine-tuning (SPEC.md section 6)
+P_MEAN, P_STD = 0.7, 1.6
+
 DEVICE = one_of("auto", "cpu", "cuda", "mps")
 DTYPE = one_of("auto", "fp32", "fp16", "bf16")
 WHOLE, POSITIVE = number(int, low=0), number(int, low=1)
@@ -285,6 +288,8 @@ class TrainingConfig(Checked):
     noise_draws: int = flag(
         1, "noise levels drawn per clip and step; VAE and CLIP, which cost much of a step, run once for all", POSITIVE
     )
+    p_mean: float = flag(P_MEAN, "EDM's P_mean: mean of the log noise level that is trained at", number(float))
+    p_std: float = flag(P_STD, "EDM's P_std: its standard deviation", SCALE)
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", POSITIVE)
     num_train_epochs: int = flag(100, "passes over the clips, one random window of each per pass", POSITIVE)
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs", POSITIVE)

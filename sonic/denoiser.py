@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from sonic.adapters import AudioBucket, AudioToken, bucket_targets
 from sonic.unet import Conditions, SonicUNet
 
-# SVD's values for high-resolution fine-tuning (SPEC.md section 6): ln sigma ~ Normal(P_MEAN, P_STD)
-P_MEAN, P_STD = 0.7, 1.6
-
 
 class Scalings(NamedTuple):
     """EDM's four functions of sigma for v-prediction, each of sigma's shape."""
@@ -35,9 +32,9 @@ def scalings(sigma: Tensor) -> Scalings:
     return Scalings(1 / variance, -sigma / variance.sqrt(), 1 / variance.sqrt(), 0.25 * sigma.log())
 
 
-def draw_sigma(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """One sigma per clip, [count]."""
-    return (P_MEAN + P_STD * torch.randn(count, generator=generator)).exp()
+def draw_sigma(count: int, mean: float, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """One sigma per clip, [count]: ln sigma ~ Normal(mean, std), EDM's P_mean and P_std."""
+    return (mean + std * torch.randn(count, generator=generator)).exp()
 
 
 def per_clip(values: Tensor, like: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> 
     neither = no_image + config.both_drop_prob
     for turn, number in itertools.product(range(config.noise_draws), numbers):
         generator = generator_for(config.seed, number, *[turn] * (turn > 0))
-        sigmas.append(draw_sigma(1, generator))
+        sigmas.append(draw_sigma(1, config.p_mean, config.p_std, generator))
         noises.append(torch.randn(shape, generator=generator))
         chance = torch.rand((), generator=generator).item()
         # In this order along 0..1: no audio, no image, neither, and the rest with both.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sonic import media
-from sonic.config import SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
+from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Denoiser, TrainingBatch
 from sonic.pipeline import Animator, Speech, to_pictures
@@ -25,7 +25,11 @@ from sonic.training import Encoders, draw
 WINDOWS = 8  # fixed windows, spread over the clips
 GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face (issue: training)
 VIDEO_WINDOWS = 3  # the sample video is at most this many training windows long
-NO_DROPOUT = {"audio_drop_prob": 0.0, "image_drop_prob": 0.0, "both_drop_prob": 0.0, "noise_draws": 1}
+# Whatever a run trains with, it is measured without dropout and at the usual noise levels.
+MEASURED_WITH = {
+    **{"audio_drop_prob": 0.0, "image_drop_prob": 0.0, "both_drop_prob": 0.0},
+    **{"noise_draws": 1, "p_mean": P_MEAN, "p_std": P_STD},
+}
 
 
 def face_loss(velocity_map: Tensor, mask: Tensor) -> Tensor:
@@ -39,7 +43,8 @@ class Validation:
     """Held-out clips, encoded once. Every process runs the same; only the main one writes."""
 
     def __init__(self, clips: list[Clip], config: TrainingConfig, settings: Settings, encoders: Encoders):
-        self.config, self.settings, self.encoders, self.clips = replace(config, **NO_DROPOUT), settings, encoders, clips
+        self.config = replace(config, **MEASURED_WITH)
+        self.settings, self.encoders, self.clips = settings, encoders, clips
         samples = self._dataset(clips, settings.num_frames)
         self.batches, self.names = [], []
         for number in range(WINDOWS):

@@ -22,7 +22,8 @@ def test_released_settings():
 def test_training_defaults():
     """SPEC.md section 6: AdamW at 1e-5, dropouts of 5 %; sizes are the model's own."""
     config = TrainingConfig(data_root="videos")
-    assert config.learning_rate == 1e-5
+    assert (config.optimizer, config.learning_rate) == ("adamw", 1e-5)
+    assert (config.p_mean, config.p_std) == (0.7, 1.6)
     assert (config.audio_drop_prob, config.image_drop_prob, config.both_drop_prob) == (0.05, 0.05, 0.05)
     assert (config.num_frames, config.frame_step, config.resolution) == (None, None, None)
 

@@ -50,7 +50,7 @@ def test_scalings_are_edms():
 
 
 def test_sigma_is_log_normal():
-    logs = draw_sigma(20_000, torch.Generator().manual_seed(0)).log()
+    logs = draw_sigma(20_000, 0.7, 1.6, torch.Generator().manual_seed(0)).log()
     assert logs.mean().item() == pytest.approx(0.7, abs=0.04)
     assert logs.std().item() == pytest.approx(1.6, abs=0.04)
 

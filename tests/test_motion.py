@@ -55,7 +55,10 @@ def similarity(points: np.ndarray, rng) -> np.ndarray:
 
 
 def test_buckets_are_proportional_to_motion():
-    for side, swings in ((0, [talking(0, 4 * much) for much in range(4)]), (1, [talking(4 * much) for much in range(4)])):
+    for side, swings in (
+        (0, [talking(0, 4 * much) for much in range(4)]),
+        (1, [talking(4 * much) for much in range(4)]),
+    ):
         found = [buckets(swing)[side] for swing in swings]
         assert found[1] > 10 and np.allclose(found, found[1] * np.arange(4), rtol=0.02, atol=1e-3)
     assert buckets(talking(500, 2000)).tolist() == [MAX_BUCKET, MAX_BUCKET]

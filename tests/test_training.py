@@ -296,6 +296,13 @@ def test_draws_depend_on_seed_and_number_only():
     assert not torch.equal(zero.noise, single.noise)
 
 
+def test_noise_levels_follow_p_mean_and_p_std():
+    config = TrainingConfig(data_root="x")
+    usual = draw(config, list(range(50)), (1, 1, 1, 1)).sigma.log()
+    moved = draw(dataclasses.replace(config, p_mean=1.4, p_std=0.8), list(range(50)), (1, 1, 1, 1)).sigma.log()
+    assert torch.allclose(moved - 1.4, (usual - 0.7) / 2, atol=1e-5)
+
+
 def test_more_noise_draws_keep_the_first_and_repeat_the_clips(parts):
     config = TrainingConfig(data_root="x", noise_draws=3)
     drawn = draw(config, [5, 6], (2, 4, 8, 8))
