@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +14,7 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic that drives singular values towards 1
 ITERATIONS = 5
 ADAM_RMS = 0.2  # of an AdamW update over its learning rate (Liu et al., "Muon is scalable for LLM training", 2025)
+AT_ONCE = 2**22  # numbers in one batch of matrices of the same shape: many small ones cost a third of one after another
 FEW = 8  # rows or columns; smaller matrices are left to AdamW
 
 
@@ -43,18 +46,27 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
 
     def _step_matrices(self, group: dict) -> None:
+        alike = defaultdict(list)
         for value in group["params"]:
-            if value.grad is None:
-                continue
-            state = self.state[value]
-            if not state:
-                state["momentum"] = torch.zeros_like(value)
-                state["step"] = torch.tensor(0.0)  # AdamW looks for it when a state is loaded
-            state["momentum"].lerp_(value.grad, 1 - MOMENTUM)
-            ahead = value.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
-            size = ADAM_RMS * max(ahead.shape) ** 0.5
-            value.mul_(1 - group["lr"] * group["weight_decay"])
-            value.add_(orthogonal(ahead).view_as(value), alpha=-group["lr"] * size)
+            if value.grad is not None:
+                alike[len(value), value[0].numel()].append(value)
+        for shape, values in alike.items():
+            size = ADAM_RMS * max(shape) ** 0.5
+            count = max(1, AT_ONCE // math.prod(shape))
+            for some in (values[start : start + count] for start in range(0, len(values), count)):
+                updates = orthogonal(torch.stack([self._ahead(value).flatten(1) for value in some]))
+                for value, update in zip(some, updates, strict=True):
+                    value.mul_(1 - group["lr"] * group["weight_decay"])
+                    value.add_(update.view_as(value), alpha=-group["lr"] * size)
+
+    def _ahead(self, value: nn.Parameter) -> Tensor:
+        """The gradient with Nesterov's momentum, which is kept in the state."""
+        state = self.state[value]
+        if not state:
+            state["momentum"] = torch.zeros_like(value)
+            state["step"] = torch.tensor(0.0)  # AdamW looks for it when a state is loaded
+        state["momentum"].lerp_(value.grad, 1 - MOMENTUM)
+        return value.grad.lerp(state["momentum"], MOMENTUM)
 
 
 def is_matrix(value: Tensor) -> bool:
@@ -62,16 +74,17 @@ def is_matrix(value: Tensor) -> bool:
     return value.ndim >= 2 and min(len(value), value[0].numel()) > FEW
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix [m, n] with its singular values near 1 (0.7 to 1.2), its directions kept: Newton and Schulz's iteration."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices [n, rows, columns] with their singular values near 1 (0.7 to 1.2), their directions kept: Newton and Schulz's
+    iteration."""
     a, b, c = NEWTON_SCHULZ
-    tall = len(matrix) > matrix.shape[1]
-    x = (matrix.T if tall else matrix).float()
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).float()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}

@@ -4,23 +4,43 @@ import pytest
 import torch
 from torch import nn
 
+from sonic import optimizers
 from sonic.optimizers import ADAM_RMS, Muon, is_matrix, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
 def test_updates_have_singular_values_near_one(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 10, shape[1])
-    before, after = torch.linalg.svdvals(matrix), torch.linalg.svdvals(orthogonal(matrix))
-    assert before[0] > 3 * before[-1]
-    assert after[-1] > 0.6 and after[0] < 1.3
-    assert (orthogonal(matrix) * matrix).sum() > 0  # still downhill
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 10, shape[1])
+    updates = orthogonal(matrices)
+    for matrix, update in zip(matrices, updates, strict=True):
+        before, after = torch.linalg.svdvals(matrix), torch.linalg.svdvals(update)
+        assert before[0] > 3 * before[-1]
+        assert after[-1] > 0.6 and after[0] < 1.3
+        assert (update * matrix).sum() > 0  # still downhill
+        assert torch.allclose(orthogonal(matrix[None])[0], update, atol=1e-5)
+
+
+def test_matrices_of_one_shape_move_the_same_together_or_one_by_one(monkeypatch):
+    def moved(at_once):
+        monkeypatch.setattr(optimizers, "AT_ONCE", at_once)
+        torch.manual_seed(0)
+        layers = nn.Sequential(*(nn.Linear(12, 12) for _ in range(5)), nn.Conv1d(12, 12, 1), nn.Linear(12, 20))
+        values = [layer.weight for layer in layers]
+        optimizer = Muon(values, lr=0.1)
+        for _ in range(3):
+            for value in values:
+                value.grad = torch.randn_like(value)
+            optimizer.step()
+        return torch.cat([value.detach().flatten() for value in values])
+
+    assert torch.allclose(moved(2**22), moved(1), atol=1e-5) and torch.allclose(moved(2**22), moved(300), atol=1e-5)
 
 
 def test_small_and_flat_weights_are_left_to_adamw():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 3, 3))
     optimizer = Muon(model.parameters(), lr=1e-2, weight_decay=0.0)
     before = [value.detach().clone() for value in model.parameters()]
-    torch.manual_seed(0)
     model(torch.randn(2, 3, 9, 9)).square().mean().backward()
     optimizer.step()
     moved = {tuple(value.shape): (value - old).detach() for value, old in zip(model.parameters(), before, strict=True)}
