@@ -35,7 +35,7 @@ from sonic.weights import ROOT, atomic_folder
 # What decides how good the model gets, and how long it takes.
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 3.0), (0.0, 2.5)
-STEPS = 4000
+STEPS = 3000
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
