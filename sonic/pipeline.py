@@ -181,18 +181,20 @@ class Animator:
         )
 
     def branches(self, still: Portrait, speech: Speech) -> sampling.Branches:
-        """The three guidance branches as one UNet call of three clips: nothing; the image; image and audio (SPEC.md section 5)."""
-        keep_image = torch.tensor([0.0, 1.0, 1.0], device=self.device)
-        stills = Portrait(still.latent.expand(3, -1, -1, -1), still.clip.expand(3, -1), still.mask).kept(keep_image)
-        rate = torch.full((3,), speech.fps, device=self.device)
+        """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
 
-        def velocities(x: Tensor, sigma: Tensor, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
+            count = len(wanted)
+            keep_image = torch.tensor([float(branch > 0) for branch in wanted], device=self.device)
+            latents, clip = still.latent.expand(count, -1, -1, -1), still.clip.expand(count, -1)
+            stills = Portrait(latents, clip, still.mask).kept(keep_image)
             quiet = speech.silence.expand(len(indices), -1, -1)
-            heard = torch.stack([quiet, quiet, speech.tokens[indices]])
-            bucket = speech.buckets[indices].mean(0).expand(3, -1)  # one pair per window: the mean of its frames'
-            clips = x.expand(3, -1, -1, -1, -1)
+            heard = torch.stack([speech.tokens[indices] if branch == 2 else quiet for branch in wanted])
+            bucket = speech.buckets[indices].mean(0).expand(count, -1)  # one pair per window: the mean of its frames'
+            rate = torch.full((count,), speech.fps, device=self.device)
+            clips = x.expand(count, -1, -1, -1, -1)
             with self.autocast():
-                return tuple(self.denoiser.velocity(clips, sigma.expand(3), stills, heard, bucket, rate).float())
+                return self.denoiser.velocity(clips, sigma.expand(count), stills, heard, bucket, rate).float()
 
         return velocities
 
@@ -237,8 +239,8 @@ class Animator:
         windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))
         total, calls = windows * settings.num_inference_steps, count(1)
 
-        def counted(x: Tensor, sigma: Tensor, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-            result = velocities(x, sigma, indices)
+        def counted(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
+            result = velocities(x, sigma, indices, wanted)
             bar.update()
             if on_progress is not None:
                 on_progress(next(calls), total)

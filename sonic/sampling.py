@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sonic.denoiser import denoised
 
-# (x [W, C, H, W], sigma scalar, frame indices) -> velocities without anything, with the image, with image and audio
-Branches = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor, Tensor]]
+# (x [W, C, H, W], sigma scalar, frame indices, n of the three branches) -> their velocities [n, W, C, H, W].
+# Branch 0 has neither image nor audio, 1 has the image, 2 has both.
+Branches = Callable[[Tensor, Tensor, list[int], list[int]], Tensor]
 
 
 def noise_levels(scheduler: EulerDiscreteScheduler, steps: int) -> Tensor:
@@ -41,9 +42,10 @@ def ramp(scale: tuple[float, float], step: int, steps: int) -> float:
     return scale[0] + (scale[1] - scale[0]) * step / max(steps - 1, 1)
 
 
-def guide(u: Tensor, m: Tensor, c: Tensor, image_scale: float, audio_scale: float) -> Tensor:
-    """v = u + s_image (m - u) + s_audio (c - m)."""
-    return u + image_scale * (m - u) + audio_scale * (c - m)
+def branch_shares(image_scale: float, audio_scale: float) -> dict[int, float]:
+    """What the branches count for in v = u + s_image (m - u) + s_audio (c - m); those that count for nothing are left out."""
+    shares = {0: 1 - image_scale, 1: image_scale - audio_scale, 2: audio_scale}
+    return {branch: share for branch, share in shares.items() if share}
 
 
 def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
@@ -71,9 +73,10 @@ def sample(
     for step in range(steps):
         sigma, next_sigma = sigmas[step], sigmas[step + 1]
         total, count = torch.zeros_like(x), torch.zeros(frames, 1, 1, 1, dtype=x.dtype, device=x.device)
+        shares = branch_shares(ramp(image_scale, step, steps), ramp(audio_scale, step, steps))
         for indices in windows(frames, window, overlap, step * shift_offset):
-            u, m, c = branches(x[indices], sigma, indices)
-            v = guide(u, m, c, ramp(image_scale, step, steps), ramp(audio_scale, step, steps))
+            velocities = branches(x[indices], sigma, indices, list(shares))
+            v = sum(share * velocity for share, velocity in zip(shares.values(), velocities, strict=True))
             total[indices] += euler_step(x[indices], v.to(x.dtype), sigma, next_sigma)
             count[indices] += 1
         x = total / count

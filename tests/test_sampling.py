@@ -5,7 +5,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from sonic.config import SCHEDULER
-from sonic.sampling import euler_step, guide, noise_levels, ramp, sample, windows
+from sonic.sampling import branch_shares, euler_step, noise_levels, ramp, sample, windows
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 7, 25, 26, 49])
@@ -32,9 +32,13 @@ def test_overlap_must_leave_a_way_forward():
 
 
 def test_guidance():
-    u, m, c = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0)
-    assert guide(u, m, c, 2.0, 7.5) == 1 + 2 * 1 + 7.5 * 2
-    assert guide(u, m, c, 1.0, 1.0) == c
+    u, m, c = 1.0, 2.0, 4.0
+    shares = branch_shares(2.0, 7.5)
+    assert shares[0] * u + shares[1] * m + shares[2] * c == u + 2.0 * (m - u) + 7.5 * (c - m)
+    # A scale of 1 or 0 needs fewer branches.
+    assert branch_shares(1.0, 3.0) == {1: -2.0, 2: 3.0}
+    assert branch_shares(2.0, 0.0) == {0: -1.0, 1: 2.0}
+    assert branch_shares(1.0, 1.0) == {2: 1.0} and branch_shares(0.0, 0.0) == {0: 1.0}
     assert [ramp((1.0, 3.0), step, 5) for step in range(5)] == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert ramp((2.0, 5.0), 0, 1) == 2.0
 
@@ -53,10 +57,10 @@ def test_euler_step_is_the_schedulers():
 def exact(target):
     """Branches whose guided velocity always points at `target`, so that sampling must end there."""
 
-    def velocities(x, sigma, indices):
+    def velocities(x, sigma, indices, wanted):
         x0 = target[indices]
         v = (x / (sigma**2 + 1) - x0) * (sigma**2 + 1).sqrt() / sigma
-        return v, v, v
+        return v.expand(len(wanted), *v.shape)
 
     return velocities
 
@@ -70,13 +74,26 @@ def test_sampling_reaches_what_the_model_knows(overlap, shift):
     assert torch.allclose(found, target, atol=2e-3)
 
 
+def test_only_the_branches_that_count_are_asked_for():
+    asked = []
+
+    def velocities(x, sigma, indices, wanted):
+        asked.append(wanted)
+        return torch.stack([torch.full_like(x, float(branch)) for branch in wanted])
+
+    sigmas, x = torch.tensor([3.0, 2.0, 1.0]), torch.ones(2, 1, 1, 1)
+    first, _ = sample(velocities, x, sigmas, window=2, image_scale=(1.0, 2.0), audio_scale=(3.0, 0.0))
+    assert asked == [[1, 2], [0, 1]]
+    assert torch.equal(first, euler_step(x, torch.full_like(x, 1 - 3 + 3 * 2), *sigmas[:2]))  # m + 3 (c - m)
+
+
 def test_seams_lie_elsewhere_at_every_step():
     sigmas = noise_levels(EulerDiscreteScheduler.from_config(SCHEDULER), 4)
     seen = []
 
-    def velocities(x, sigma, indices):
+    def velocities(x, sigma, indices, wanted):
         seen.append(indices[0])
-        return x, x, x
+        return x.expand(len(wanted), *x.shape)
 
     list(sample(velocities, torch.randn(10, 1, 1, 1), sigmas, window=5, shift_offset=3))
     assert seen == [0, 5, 7, 2, 4, 9, 1, 6]
@@ -86,9 +103,9 @@ def test_overlapping_windows_are_averaged():
     """Two windows that disagree about their common frame leave it in the middle."""
     sigmas = torch.tensor([1.0, 0.5])
 
-    def velocities(x, sigma, indices):
+    def velocities(x, sigma, indices, wanted):
         v = torch.full_like(x, 1.0 if indices[0] == 0 else 3.0)
-        return v, v, v
+        return v.expand(len(wanted), *v.shape)
 
     x = torch.zeros(4, 1, 1, 1)
     (found,) = sample(velocities, x, sigmas, window=3, overlap=1)
