@@ -153,6 +153,7 @@ PRESETS = {
             resolution=128,
             shift_offset=3,
             num_inference_steps=12,
+            guidance_scale_image=1.0,  # 2.0 costs a third more, and 0.7 dB of the background
             guidance_scale_audio=3.0,
             decode_chunk_size=10,
             crop=0.5,
