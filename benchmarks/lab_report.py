@@ -78,7 +78,7 @@ def follows(results: Results) -> list[Row]:
             Row(
                 f"it follows the sound ({kind}: {len(own)} clips)",
                 "median r: opening ≥ 0.93, width ≥ 0.6; offset 0 ± 1 frame in 95 %",
-                f"opening {spread(values(own, 'opening_r'))}, width {spread(values(own, 'width_r'))}, "
+                f"opening {spread(values(own, 'opening_r'), 3)}, width {spread(values(own, 'width_r'))}, "
                 f"offset in {aligned:.0%}",
                 bool(opening >= 0.93 and width >= 0.6 and aligned >= 0.95),
             )
