@@ -182,19 +182,19 @@ class Animator:
 
     def branches(self, still: Portrait, speech: Speech) -> sampling.Branches:
         """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
+        keep_image = torch.tensor([0.0, 1.0, 1.0], device=self.device)
+        stills = Portrait(still.latent.expand(3, -1, -1, -1), still.clip.expand(3, -1), still.mask).kept(keep_image)
 
         def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
             count = len(wanted)
-            keep_image = torch.tensor([float(branch > 0) for branch in wanted], device=self.device)
-            latents, clip = still.latent.expand(count, -1, -1, -1), still.clip.expand(count, -1)
-            stills = Portrait(latents, clip, still.mask).kept(keep_image)
+            seen = Portrait(stills.latent[wanted], stills.clip[wanted], stills.mask)
             quiet = speech.silence.expand(len(indices), -1, -1)
-            heard = torch.stack([speech.tokens[indices] if branch == 2 else quiet for branch in wanted])
+            heard = torch.stack([quiet, quiet, speech.tokens[indices]])[wanted]
             bucket = speech.buckets[indices].mean(0).expand(count, -1)  # one pair per window: the mean of its frames'
             rate = torch.full((count,), speech.fps, device=self.device)
             clips = x.expand(count, -1, -1, -1, -1)
             with self.autocast():
-                return self.denoiser.velocity(clips, sigma.expand(count), stills, heard, bucket, rate).float()
+                return self.denoiser.velocity(clips, sigma.expand(count), seen, heard, bucket, rate).float()
 
         return velocities
 

@@ -27,8 +27,12 @@ GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face (issu
 VIDEO_WINDOWS = 3  # the sample video is at most this many training windows long
 # Whatever a run trains with, it is measured without dropout and at the usual noise levels.
 MEASURED_WITH = {
-    **{"audio_drop_prob": 0.0, "image_drop_prob": 0.0, "both_drop_prob": 0.0},
-    **{"noise_draws": 1, "p_mean": P_MEAN, "p_std": P_STD},
+    "audio_drop_prob": 0.0,
+    "image_drop_prob": 0.0,
+    "both_drop_prob": 0.0,
+    "noise_draws": 1,
+    "p_mean": P_MEAN,
+    "p_std": P_STD,
 }
 
 
