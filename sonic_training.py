@@ -40,6 +40,7 @@ from sonic.flags import Parser, config_from, run
 from sonic.optimizers import OPTIMIZERS
 from sonic.pipeline import Animator
 from sonic.prepare import PreparedData, find_videos, hold_out, prepare
+from sonic.sampling import ramp
 from sonic.training import (
     Encoders,
     Log,
@@ -50,6 +51,7 @@ from sonic.training import (
     draw,
     estimate_memory,
     lip_loss,
+    loss_weight,
     optimizer_steps,
     readable,
     resume_state,
@@ -202,10 +204,11 @@ def main(arguments: list[str] | None = None) -> None:
         waited = time.perf_counter() - clock
         with accelerator.accumulate(model):
             clip = encoders(samples).repeated(config.noise_draws)
-            noise = draw(config, samples["number"].tolist(), clip.latents.shape[1:])
+            p_mean = ramp(config.p_mean, state.step, total_steps)
+            noise = draw(config, samples["number"].tolist(), clip.latents.shape[1:], p_mean)
             losses = model(clip.with_noise(noise))
             lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
-            accelerator.backward(total_loss(losses, lips, config.lip_loss_weight))
+            accelerator.backward(total_loss(losses, loss_weight(config, lips, clip.portrait.mask)))
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or float("inf"))
             optimizer.step()

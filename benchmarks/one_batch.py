@@ -70,7 +70,7 @@ def main() -> None:
                 f"step {step:4}  loss {losses.velocity.item():.4f}  bucket loss {losses.bucket.item():.4f}", flush=True
             )
         optimizer.zero_grad()
-        total_loss(losses, samples["lips"]).backward()
+        total_loss(losses).backward()
         optimizer.step()
     print(f"{(time.perf_counter() - clock) / (flags.steps + 1):.2f} s per step on {torch.get_num_threads()} threads")
 

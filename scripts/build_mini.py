@@ -34,8 +34,8 @@ from sonic.weights import ROOT, atomic_folder
 
 # What decides how good the model gets, and how long it takes.
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192
-HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 3.0), (0.0, 2.5)
-STEPS = 3000
+HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 2.5)
+STEPS = 4500
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -51,7 +51,8 @@ TRAINING = {
     "train_batch_size": 2,
     "mixed_precision": "bf16",  # a tenth faster than fp32, to the same losses
     "noise_draws": 3,
-    "p_mean": 1.4,  # what sound and buckets ask for is decided under much noise
+    "p_mean": "1.4,0.2",  # what sound and buckets ask for is decided under much noise, what a face looks like under little
+    "face_loss_weight": 3,
     "lip_loss_weight": 12,
     "num_workers": 1,
     "logging_steps": 20,

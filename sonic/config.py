@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sonic.flags import Checked, flag, number, one_of
@@ -32,17 +33,22 @@ STEP, SIDE = number(int, low=1, high=5), number(int, low=64, high=8192)
 SCALE, BUCKET = number(float, low=0), number(float, low=0, high=127)
 
 
-def _guidance(value):
-    """A scale, or the first and the last of one that goes linearly over the steps: `2.0`, `1.0,3.0`, or a pair."""
-    ends = value.split(",") if isinstance(value, str) else value
-    if not isinstance(ends, list | tuple):
-        return SCALE(value)
-    if len(ends) > 2:
-        raise ValueError(f"must be one number or two, FIRST,LAST, not {value!r}")
-    ends = tuple(SCALE(end) for end in ends)
-    return ends if len(ends) == 2 else ends[0]
+def _or_ramp(check: Callable) -> Callable:
+    """Lets a number through, or the first and the last of one that goes linearly over the steps: `2.0`, `1.0,3.0`, or a pair."""
+
+    def check_ends(value):
+        ends = value.split(",") if isinstance(value, str) else value
+        if not isinstance(ends, list | tuple):
+            return check(value)
+        if len(ends) > 2:
+            raise ValueError(f"must be one number or two, FIRST,LAST, not {value!r}")
+        ends = tuple(check(end) for end in ends)
+        return ends if len(ends) == 2 else ends[0]
+
+    return check_ends
 
 
+_GUIDANCE = _or_ramp(SCALE)
 NO_CROP = "none"
 
 
@@ -63,8 +69,8 @@ class Settings(Checked):
     )
     overlap: int = flag(0, "frames that neighbouring windows share", WHOLE)
     num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
-    guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _guidance)
-    guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _guidance)
+    guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _GUIDANCE)
+    guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
     crop: float | None = flag(None, "margin of the square cut around the face; None takes the whole picture", SCALE)
 
@@ -232,10 +238,10 @@ class SonicConfig(Checked):
         None, "expression, 0 to 127 (default: predicted from portrait and speech)", BUCKET
     )
     guidance_scale_image: float | tuple[float, float] | None = flag(
-        None, "image guidance (released weights: 2.0), or FIRST,LAST to go linearly over the steps", _guidance
+        None, "image guidance (released weights: 2.0), or FIRST,LAST to go linearly over the steps", _GUIDANCE
     )
     guidance_scale_audio: float | tuple[float, float] | None = flag(
-        None, "audio guidance (released weights: 7.5), or FIRST,LAST to go linearly over the steps", _guidance
+        None, "audio guidance (released weights: 7.5), or FIRST,LAST to go linearly over the steps", _GUIDANCE
     )
     shift_offset: int | None = flag(
         None, "frames that the windows move per denoising step; 0 turns shift fusion off", WHOLE
@@ -289,7 +295,11 @@ class TrainingConfig(Checked):
     noise_draws: int = flag(
         1, "noise levels drawn per clip and step; VAE and CLIP, which cost much of a step, run once for all", POSITIVE
     )
-    p_mean: float = flag(P_MEAN, "EDM's P_mean: mean of the log noise level that is trained at", number(float))
+    p_mean: float | tuple[float, float] = flag(
+        P_MEAN,
+        "EDM's P_mean: mean of the log noise level that is trained at, or FIRST,LAST to go linearly over the steps",
+        _or_ramp(number(float)),
+    )
     p_std: float = flag(P_STD, "EDM's P_std: its standard deviation", SCALE)
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", POSITIVE)
     num_train_epochs: int = flag(100, "passes over the clips, one random window of each per pass", POSITIVE)
@@ -312,6 +322,7 @@ class TrainingConfig(Checked):
     lip_loss_weight: float = flag(
         1.0, "how much more the loss counts around the lips, which are a few percent of the picture", SCALE
     )
+    face_loss_weight: float = flag(1.0, "how much more the loss counts in the face, the lips included", SCALE)
     init_audio2token: bool = flag(
         False, "start audio2token anew, its first layer fitted to the mean and covariance of the clips' audio features"
     )

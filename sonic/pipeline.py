@@ -147,11 +147,6 @@ class Speech:
         return len(self.tokens)
 
 
-def as_ramp(scale: float | tuple[float, float]) -> tuple[float, float]:
-    """A guidance scale, or the first and the last of one that ramps over the steps, as the latter."""
-    return (scale[0], scale[1]) if isinstance(scale, tuple | list) else (scale, scale)
-
-
 def to_pictures(pixels: Tensor) -> np.ndarray:
     """Pixels [n, 3, H, W] in about -1..1 -> uint8 [n, H, W, 3]."""
     pictures = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -254,8 +249,8 @@ class Animator:
                 window=settings.num_frames,
                 overlap=settings.overlap,
                 shift_offset=settings.shift_offset,
-                image_scale=as_ramp(settings.guidance_scale_image),
-                audio_scale=as_ramp(settings.guidance_scale_audio),
+                image_scale=settings.guidance_scale_image,
+                audio_scale=settings.guidance_scale_audio,
             )
         return latents
 

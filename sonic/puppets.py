@@ -191,9 +191,9 @@ def random_motion(
         return (weight[:, None] * np.sin(2 * np.pi * hertz[:, None] * seconds + phase[:, None])).sum(0) / weight.sum()
 
     head = {
-        "x": 0.03 * wander(head_rng, 0.3, 1.6),
-        "y": 0.022 * wander(head_rng, 0.3, 1.8),
-        "rotation": 5.0 * wander(head_rng, 0.2, 1.2),
+        "x": 0.03 * wander(head_rng, 0.4, 2.4),
+        "y": 0.022 * wander(head_rng, 0.4, 2.6),
+        "rotation": 5.0 * wander(head_rng, 0.3, 1.8),
         "scale": 0.03 * wander(head_rng, 0.1, 0.6),
     }
     head = {name: head_amplitude * curve for name, curve in head.items()}

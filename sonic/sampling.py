@@ -37,9 +37,10 @@ def windows(frames: int, window: int, overlap: int, shift: int) -> list[list[int
     return [[(start - shift + i) % frames for i in range(window)] for start in starts]
 
 
-def ramp(scale: tuple[float, float], step: int, steps: int) -> float:
-    """A guidance scale that goes linearly from its first to its second value over the steps."""
-    return scale[0] + (scale[1] - scale[0]) * step / max(steps - 1, 1)
+def ramp(value: float | tuple[float, float], step: int, steps: int) -> float:
+    """A number, or one that goes linearly from the first to the second of a pair over the steps."""
+    first, last = value if isinstance(value, tuple) else (value, value)
+    return first + (last - first) * step / max(steps - 1, 1)
 
 
 def branch_shares(image_scale: float, audio_scale: float) -> dict[int, float]:
@@ -62,8 +63,8 @@ def sample(
     window: int,
     overlap: int = 0,
     shift_offset: int = 0,
-    image_scale: tuple[float, float] = (2.0, 2.0),
-    audio_scale: tuple[float, float] = (7.5, 7.5),
+    image_scale: float | tuple[float, float] = 2.0,
+    audio_scale: float | tuple[float, float] = 7.5,
 ) -> Iterator[Tensor]:
     """Denoises x [N, C, H, W] (start latents plus sigmas[0] · noise) and yields it after every step; the last one is the result.
 

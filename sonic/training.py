@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
 from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
-from sonic.config import Settings, TrainingConfig, UserError
+from sonic.config import P_MEAN, Settings, TrainingConfig, UserError
 from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
 
@@ -91,9 +92,10 @@ def generator_for(seed: int, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> Draw:
+def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...], p_mean: float = P_MEAN) -> Draw:
     """Noise level, noise of this shape per sample, and dropout: audio, image and both exclude each other (SPEC.md section 6).
 
+    `p_mean` is what the configuration's has come to at this step.
     With several `noise_draws`, all samples' first draws come first, then their second ones, and so on.
     """
     sigmas, noises, audio, image = [], [], [], []
@@ -102,7 +104,7 @@ def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> 
     neither = no_image + config.both_drop_prob
     for turn, number in itertools.product(range(config.noise_draws), numbers):
         generator = generator_for(config.seed, number, *[turn] * (turn > 0))
-        sigmas.append(draw_sigma(1, config.p_mean, config.p_std, generator))
+        sigmas.append(draw_sigma(1, p_mean, config.p_std, generator))
         noises.append(torch.randn(shape, generator=generator))
         chance = torch.rand((), generator=generator).item()
         # In this order along 0..1: no audio, no image, neither, and the rest with both.
@@ -158,10 +160,17 @@ class Encoders:
         )
 
 
-def total_loss(losses: Losses, lips: Tensor, lip_weight: float = 1.0) -> Tensor:
-    """What is differentiated: the UNet's loss, times `lip_weight` where the lips [B, F, H, W] in 0..1 are, plus the bucket
-    predictor's. The picture's other pixels keep their weight of 1."""
-    weight = 1 + (lip_weight - 1) * lips
+def loss_weight(config: TrainingConfig, lips: Tensor, faces: Tensor) -> Tensor:
+    """How much the loss counts where: [B, F, H, W], from lips [B, F, H, W] and faces [B, 1, h, w] of any size, both in 0..1.
+
+    1 outside of the face; what the flags give to the face and to the lips on top of that adds up where they are.
+    """
+    faces = F.interpolate(faces.float(), size=lips.shape[-2:], mode="area")
+    return 1 + (config.face_loss_weight - 1) * faces + (config.lip_loss_weight - 1) * lips
+
+
+def total_loss(losses: Losses, weight: Tensor | float = 1.0) -> Tensor:
+    """What is differentiated: the UNet's loss, weighted [B, F, H, W], plus the bucket predictor's."""
     return (weight * losses.velocity_map).mean() + BUCKET_LOSS_WEIGHT * losses.bucket
 
 
@@ -345,7 +354,7 @@ def estimate_memory(
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", precision, enabled=precision != torch.float32),
         ):
-            total_loss(model(batch), batch.noise[:, :, 0], config.lip_loss_weight)
+            total_loss(model(batch), batch.noise[:, :, 0])
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         parameters = sum(parameter.numel() for parameter in model.parameters())
     parts = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sonic import media
-from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
+from sonic.config import P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Denoiser, TrainingBatch
 from sonic.pipeline import Animator, Speech, to_pictures
@@ -31,7 +31,6 @@ MEASURED_WITH = {
     "image_drop_prob": 0.0,
     "both_drop_prob": 0.0,
     "noise_draws": 1,
-    "p_mean": P_MEAN,
     "p_std": P_STD,
 }
 

@@ -90,6 +90,12 @@ def test_guidance_may_ramp():
             SonicConfig(guidance_scale_audio=wrong)
 
 
+def test_noise_level_may_ramp():
+    assert TrainingConfig(data_root="x", p_mean="1.4,-0.2").p_mean == (1.4, -0.2)
+    with pytest.raises(UserError, match="p_mean must be"):
+        TrainingConfig(data_root="x", p_mean="1.4,b")
+
+
 def test_python_values_are_checked_too():
     with pytest.raises(UserError, match="seed must be a whole number"):
         SonicConfig(seed=-3)

@@ -41,6 +41,7 @@ def test_guidance():
     assert branch_shares(1.0, 1.0) == {2: 1.0} and branch_shares(0.0, 0.0) == {0: 1.0}
     assert [ramp((1.0, 3.0), step, 5) for step in range(5)] == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert ramp((2.0, 5.0), 0, 1) == 2.0
+    assert [ramp(2.0, step, 5) for step in range(5)] == [2.0] * 5
 
 
 def test_euler_step_is_the_schedulers():

@@ -29,6 +29,7 @@ from sonic.training import (
     draw,
     estimate_memory,
     lip_loss,
+    loss_weight,
     optimizer_steps,
     readable,
     total_loss,
@@ -225,7 +226,7 @@ def test_loss_on_a_fixed_batch_falls_under_half(parts):
     for _ in range(40):
         result = model(batch)
         optimizer.zero_grad()
-        total_loss(result, torch.zeros(2, 4, 8, 8)).backward()
+        total_loss(result).backward()
         optimizer.step()
         history.append((result.velocity.item(), result.bucket.item()))
     assert history[-1][0] < history[0][0] / 2
@@ -269,18 +270,25 @@ def test_face_loss_looks_inside_the_face_only():
     assert face_loss(loss, 1 - mask).item() == pytest.approx(5)
 
 
-def test_lips_count_more_where_they_are():
+def test_face_and_lips_count_more_where_they_are():
     lips = torch.zeros(1, 2, 8, 8)
     lips[:, :, 5, 3:5] = 1
     lips[:, :, 6, 3:5] = 0.5
     errors = torch.rand(1, 2, 8, 8)
     losses = Losses(errors, torch.tensor(2.0), torch.tensor(0.0))
-    plain = total_loss(losses, lips)
+    faces = torch.zeros(1, 1, 64, 64)
+    faces[:, :, 16:] = 1
+    config = TrainingConfig(data_root="x")
+    assert (loss_weight(config, lips, faces) == 1).all()
+    config = dataclasses.replace(config, lip_loss_weight=4, face_loss_weight=2)
+    weight = loss_weight(config, lips, faces)
+    plain = total_loss(losses)
     assert plain.item() == pytest.approx(errors.mean().item() + 2 * BUCKET_LOSS_WEIGHT)
     expected = errors.clone()
-    expected[:, :, 5, 3:5] *= 4
-    expected[:, :, 6, 3:5] *= 2.5
-    assert (total_loss(losses, lips, 4.0) - plain).item() == pytest.approx((expected - errors).mean().item(), rel=1e-4)
+    expected[:, :, 2:] *= 2
+    expected[:, :, 5, 3:5] = errors[:, :, 5, 3:5] * 5
+    expected[:, :, 6, 3:5] = errors[:, :, 6, 3:5] * 3.5
+    assert (total_loss(losses, weight) - plain).item() == pytest.approx((expected - errors).mean().item(), rel=1e-4)
     inside = (errors[:, :, 5, 3:5].sum() + 0.5 * errors[:, :, 6, 3:5].sum()) / 6
     assert lip_loss(losses, lips) == pytest.approx(inside.item(), rel=1e-5)
     assert lip_loss(losses, torch.zeros_like(lips)) == 0  # a window without a mouth in the picture
@@ -299,7 +307,8 @@ def test_draws_depend_on_seed_and_number_only():
 def test_noise_levels_follow_p_mean_and_p_std():
     config = TrainingConfig(data_root="x")
     usual = draw(config, list(range(50)), (1, 1, 1, 1)).sigma.log()
-    moved = draw(dataclasses.replace(config, p_mean=1.4, p_std=0.8), list(range(50)), (1, 1, 1, 1)).sigma.log()
+    narrow = dataclasses.replace(config, p_std=0.8)
+    moved = draw(narrow, list(range(50)), (1, 1, 1, 1), p_mean=1.4).sigma.log()
     assert torch.allclose(moved - 1.4, (usual - 0.7) / 2, atol=1e-5)
 
 
@@ -393,14 +402,32 @@ def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):
     assert not output.exists()
 
 
+def test_noise_levels_may_change_over_the_run(tiny, clips, cache, tmp_path, unbroken):
+    own = {"p_mean": "0.7,-4", "lr_scheduler": "cosine", "lr_warmup_steps": 1}
+    sonic_training.main(flags(tiny, clips, cache, tmp_path, **own))
+    found, expected = losses(tmp_path), losses(unbroken)
+    assert found[1] == pytest.approx(expected[1], rel=1e-4)  # it starts at the usual mean
+    assert found[4][0] != pytest.approx(expected[4][0], rel=1e-3)
+
+
 @pytest.mark.parametrize(
-    "switch", ["gradient_checkpointing", "bf16", "lip_loss_weight", "init_audio2token", "noise_draws", "muon"]
+    "switch",
+    [
+        "gradient_checkpointing",
+        "bf16",
+        "lip_loss_weight",
+        "face_loss_weight",
+        "init_audio2token",
+        "noise_draws",
+        "muon",
+    ],
 )
 def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
     more = {
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "bf16": {"mixed_precision": "bf16"},
         "lip_loss_weight": {"lip_loss_weight": 10},
+        "face_loss_weight": {"face_loss_weight": 10},
         "init_audio2token": {"init_audio2token": True},
         "noise_draws": {"noise_draws": 2},
         "muon": {"optimizer": "muon"},
@@ -409,7 +436,7 @@ def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
     found, expected = losses(tmp_path)[1], losses(unbroken)[1]
     if switch == "gradient_checkpointing":
         assert found == pytest.approx(expected, rel=1e-4)
-    elif switch == "lip_loss_weight":  # the reported losses stay the plain ones; what is learnt from them differs
+    elif switch.endswith("loss_weight"):  # the reported losses stay the plain ones; what is learnt from them differs
         assert found[:2] == pytest.approx(expected[:2]) and found[2] != pytest.approx(expected[2], rel=1e-3)
     elif switch == "muon":  # the first losses are those before any update
         assert found == pytest.approx(expected, rel=1e-4)
