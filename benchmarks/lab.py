@@ -44,11 +44,14 @@ from sonic.puppets import (
     Identity,
     Motion,
     Pose,
+    articulation,
     choose_excerpt,
     clip_truth,
     draw,
     find_speech,
     make_clip,
+    moods,
+    own_amplitudes,
     random_motion,
     render_clip,
     speech_to_mouth,
@@ -110,8 +113,16 @@ class Clip:
     def pictures(self, resolution: int, crop: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The truth's frames [T, R, R, 3], a portrait [R, R, 3] and where the background is, bool [R, R], all cut as the
         pipeline cuts the portrait."""
-        motion = random_motion(self.count, self.motion_rng)
-        motion.opening, motion.width = self.opening, self.width
+        head, expression = own_amplitudes(  # as lively as what the model was trained on
+            self.identity,
+            HEAD_AMPLITUDES,
+            EXPRESSION_AMPLITUDES,
+            chance=self.motion_rng.uniform(),
+            mood=moods(self.count, TICK_RATE, self.motion_rng),
+        )
+        motion = random_motion(self.count, self.motion_rng, head, expression)
+        loudness = articulation(expression)
+        motion.opening, motion.width = loudness * self.opening, loudness * self.width
         portrait = self._cut(self.portrait, resolution, crop)
         still = render_clip(self.identity, Motion(2, x=[-0.12, 0.12]), PORTRAIT_SIZE).astype(int)
         wall = (abs(still[0] - still[1]).max(-1) == 0) & (abs(still[0] - self.portrait).max(-1) == 0)

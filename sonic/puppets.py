@@ -300,21 +300,31 @@ def moods(num_frames: int, fps: float, rng: np.random.Generator) -> np.ndarray:
     return np.convolve(padded, np.ones(width) / width, mode="same")[width:-width]
 
 
+def own_amplitudes(identity: Identity, head_amplitudes, expression_amplitudes, chance: float, mood: np.ndarray):
+    """How much this puppet's head moves, one number, and its face, [T], out of ranges of one number or two.
+
+    Between two, the head is 85 % temper and 15 % chance (0 … 1), so that there is something for `audio2bucket` to see in a
+    portrait, and the face 15 % expressiveness and 85 % mood (`moods`, [T]): of what portrait, voice or the rest of a clip
+    tell already, a motion bucket teaches nothing.
+    """
+    head = between(head_amplitudes, 0.85 * identity.temper + 0.15 * chance)
+    return head, between(expression_amplitudes, 0.15 * identity.expressiveness + 0.85 * mood)
+
+
 def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
-    Amplitudes are given as one number or two. Between two, how much the head moves is 85 % temper and 15 % chance, so that
-    there is something for `audio2bucket` to see in a portrait, and how much the face does, 15 % expressiveness and 85 %
-    mood (`moods`): of what portrait, voice or the rest of a clip tell already, a motion bucket teaches nothing.
+    Amplitudes are given as one number or two, see `own_amplitudes`.
     """
     chance = rng.uniform()
     identity_rng, speech_rng, motion_rng, mood_rng = rng.spawn(4)
     num_frames = max(1, round(seconds * fps))
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
-    head_amplitude = between(head_amplitudes, 0.85 * identity.temper + 0.15 * chance)
     mood = moods(num_frames, fps, mood_rng)
-    expression_amplitude = between(expression_amplitudes, 0.15 * identity.expressiveness + 0.85 * mood)
+    head_amplitude, expression_amplitude = own_amplitudes(
+        identity, head_amplitudes, expression_amplitudes, chance, mood
+    )
     motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
     loudness = articulation(expression_amplitude)
     motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
