@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -291,9 +292,7 @@ def make_output_dir(output_dir: Path) -> None:
     """Creates the output folder and proves that it can be written to, before hours are spent."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=output_dir).close()  # a name of its own: every process of a run comes here at once
     except OSError as error:
         raise UserError(f"cannot write to output folder '{output_dir}': {error.strerror}") from None
 

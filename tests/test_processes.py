@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
 from test_training import flags, losses, same, weights
+
+from sonic_training import make_output_dir
 
 STEPS = 9
 BATCH = {"train_batch_size": 2, "save_steps": 1, "max_train_steps": STEPS}
@@ -73,6 +76,13 @@ def test_two_processes_train_as_one_does(unbroken, tiny, clips, cache, tmp_path)
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
     assert weights(output / "checkpoint-2").keys() == weights(unbroken / "checkpoint-2").keys()
     assert printed.count("training clips") == printed.count("done: 2 steps") == 1
+
+
+def test_processes_that_try_the_output_folder_at_once(tmp_path):
+    """None takes another's try for its own failure, and nothing is left behind."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(make_output_dir, [tmp_path / "output"] * 400))
+    assert list((tmp_path / "output").iterdir()) == []
 
 
 def test_wandb_without_network(tiny, clips, cache, tmp_path):
