@@ -205,8 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
         waited = time.perf_counter() - clock
         with accelerator.accumulate(model):
             clip = encoders(samples).repeated(config.noise_draws)
-            p_mean = ramp(config.p_mean, state.step, total_steps)
-            noise = draw(config, samples["number"].tolist(), clip.latents.shape[1:], p_mean)
+            now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, total_steps))
+            noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
             losses = model(clip.with_noise(noise))
             lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
             accelerator.backward(total_loss(losses, loss_weight(config, lips, clip.portrait.mask)))

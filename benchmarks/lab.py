@@ -42,17 +42,15 @@ from sonic.pipeline import SonicPipeline
 from sonic.portrait import prepare_portrait
 from sonic.puppets import (
     Identity,
+    Liveliness,
     Motion,
     Pose,
-    articulation,
     choose_excerpt,
     clip_truth,
     draw,
     find_speech,
     make_clip,
     moods,
-    own_amplitudes,
-    random_motion,
     render_clip,
     speech_to_mouth,
 )
@@ -113,16 +111,14 @@ class Clip:
     def pictures(self, resolution: int, crop: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The truth's frames [T, R, R, 3], a portrait [R, R, 3] and where the background is, bool [R, R], all cut as the
         pipeline cuts the portrait."""
-        head, expression = own_amplitudes(  # as lively as what the model was trained on
+        lively = Liveliness.of(  # as what the model was trained on
             self.identity,
             HEAD_AMPLITUDES,
             EXPRESSION_AMPLITUDES,
             chance=self.motion_rng.uniform(),
             mood=moods(self.count, TICK_RATE, self.motion_rng),
         )
-        motion = random_motion(self.count, self.motion_rng, head, expression)
-        loudness = articulation(expression)
-        motion.opening, motion.width = loudness * self.opening, loudness * self.width
+        motion = lively.motion(self.speech, self.motion_rng)
         portrait = self._cut(self.portrait, resolution, crop)
         still = render_clip(self.identity, Motion(2, x=[-0.12, 0.12]), PORTRAIT_SIZE).astype(int)
         wall = (abs(still[0] - still[1]).max(-1) == 0) & (abs(still[0] - self.portrait).max(-1) == 0)

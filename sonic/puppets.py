@@ -300,21 +300,35 @@ def moods(num_frames: int, fps: float, rng: np.random.Generator) -> np.ndarray:
     return np.convolve(padded, np.ones(width) / width, mode="same")[width:-width]
 
 
-def own_amplitudes(identity: Identity, head_amplitudes, expression_amplitudes, chance: float, mood: np.ndarray):
-    """How much this puppet's head moves, one number, and its face, [T], out of ranges of one number or two.
+@dataclass
+class Liveliness:
+    """How much a puppet's head moves (one number) and its face ([T], it changes with the mood)."""
 
-    Between two, the head is 85 % temper and 15 % chance (0 … 1), so that there is something for `audio2bucket` to see in a
-    portrait, and the face 15 % expressiveness and 85 % mood (`moods`, [T]): of what portrait, voice or the rest of a clip
-    tell already, a motion bucket teaches nothing.
-    """
-    head = between(head_amplitudes, 0.85 * identity.temper + 0.15 * chance)
-    return head, between(expression_amplitudes, 0.15 * identity.expressiveness + 0.85 * mood)
+    head: float
+    expression: np.ndarray
+
+    @classmethod
+    def of(cls, identity: Identity, head_amplitudes, expression_amplitudes, chance: float, mood: np.ndarray):
+        """Out of ranges of one number or two. Between two, the head is 85 % temper and 15 % chance (0 … 1), so that there is
+        something for `audio2bucket` to see in a portrait, and the face 15 % expressiveness and 85 % mood (`moods`, [T]): of
+        what portrait, voice or the rest of a clip tell already, a motion bucket teaches nothing.
+        """
+        head = between(head_amplitudes, 0.85 * identity.temper + 0.15 * chance)
+        return cls(head, between(expression_amplitudes, 0.15 * identity.expressiveness + 0.85 * mood))
+
+    def motion(self, speech: np.ndarray, rng: np.random.Generator, fps: float = TICK_RATE) -> Motion:
+        """Random motion with these amplitudes, and a mouth that follows speech [n] as far as they let it."""
+        num_ticks = len(self.expression)
+        motion = random_motion(num_ticks, rng, self.head, self.expression, fps)
+        loudness = articulation(self.expression)
+        motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_ticks, fps))
+        return motion
 
 
 def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, expression_amplitudes):
     """Frames, sound, truth and a description of one clip: a random identity that says a random part of a recording.
 
-    Amplitudes are given as one number or two, see `own_amplitudes`.
+    Amplitudes are given as one number or two, see `Liveliness`.
     """
     chance = rng.uniform()
     identity_rng, speech_rng, motion_rng, mood_rng = rng.spawn(4)
@@ -322,20 +336,16 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
     mood = moods(num_frames, fps, mood_rng)
-    head_amplitude, expression_amplitude = own_amplitudes(
-        identity, head_amplitudes, expression_amplitudes, chance, mood
-    )
-    motion = random_motion(num_frames, motion_rng, head_amplitude, expression_amplitude, fps)
-    loudness = articulation(expression_amplitude)
-    motion.opening, motion.width = (loudness * curve for curve in speech_to_mouth(speech, num_frames, fps))
+    lively = Liveliness.of(identity, head_amplitudes, expression_amplitudes, chance, mood)
+    motion = lively.motion(speech, motion_rng, fps)
     description = {
         "identity": dataclasses.asdict(identity),
         "speech": recording.name,
         "speech_start": round(start / SAMPLE_RATE, 4),
         "size": size,
         "fps": fps,
-        "head_amplitude": head_amplitude,
-        "expression_amplitude": float(np.mean(expression_amplitude)),  # it changes with the mood
+        "head_amplitude": lively.head,
+        "expression_amplitude": float(np.mean(lively.expression)),
     }
     return render_clip(identity, motion, size), speech, clip_truth(identity, motion, size), description
 

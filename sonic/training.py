@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
 from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
-from sonic.config import P_MEAN, Settings, TrainingConfig, UserError
+from sonic.config import Settings, TrainingConfig, UserError
 from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
 
@@ -92,10 +92,10 @@ def generator_for(seed: int, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...], p_mean: float = P_MEAN) -> Draw:
+def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...]) -> Draw:
     """Noise level, noise of this shape per sample, and dropout: audio, image and both exclude each other (SPEC.md section 6).
 
-    `p_mean` is what the configuration's has come to at this step.
+    `config.p_mean` must be one number here; a run replaces a ramp by what it has come to at its step.
     With several `noise_draws`, all samples' first draws come first, then their second ones, and so on.
     """
     sigmas, noises, audio, image = [], [], [], []
@@ -104,7 +104,7 @@ def draw(config: TrainingConfig, numbers: list[int], shape: tuple[int, ...], p_m
     neither = no_image + config.both_drop_prob
     for turn, number in itertools.product(range(config.noise_draws), numbers):
         generator = generator_for(config.seed, number, *[turn] * (turn > 0))
-        sigmas.append(draw_sigma(1, p_mean, config.p_std, generator))
+        sigmas.append(draw_sigma(1, config.p_mean, config.p_std, generator))
         noises.append(torch.randn(shape, generator=generator))
         chance = torch.rand((), generator=generator).item()
         # In this order along 0..1: no audio, no image, neither, and the rest with both.
@@ -160,12 +160,17 @@ class Encoders:
         )
 
 
+def face_share(mask: Tensor, shape: torch.Size) -> Tensor:
+    """The share of each cell that lies in the face: mask [B, 1, h, w] of any size to [B, 1, H, W], `shape` being [..., H, W]."""
+    return F.interpolate(mask.float(), size=shape[-2:], mode="area")
+
+
 def loss_weight(config: TrainingConfig, lips: Tensor, faces: Tensor) -> Tensor:
     """How much the loss counts where: [B, F, H, W], from lips [B, F, H, W] and faces [B, 1, h, w] of any size, both in 0..1.
 
     1 outside of the face; what the flags give to the face and to the lips on top of that adds up where they are.
     """
-    faces = F.interpolate(faces.float(), size=lips.shape[-2:], mode="area")
+    faces = face_share(faces, lips.shape)
     return 1 + (config.face_loss_weight - 1) * faces + (config.lip_loss_weight - 1) * lips
 
 

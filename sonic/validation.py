@@ -10,20 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from sonic import media
-from sonic.config import P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
+from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Denoiser, TrainingBatch
 from sonic.pipeline import Animator, Speech, to_pictures
 from sonic.prepare import Clip
-from sonic.training import Encoders, draw
+from sonic.training import Encoders, draw, face_share
 
 WINDOWS = 8  # fixed windows, spread over the clips
-GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face (issue: training)
+GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face
 VIDEO_WINDOWS = 3  # the sample video is at most this many training windows long
 # Whatever a run trains with, it is measured without dropout and at the usual noise levels.
 MEASURED_WITH = {
@@ -31,13 +30,14 @@ MEASURED_WITH = {
     "image_drop_prob": 0.0,
     "both_drop_prob": 0.0,
     "noise_draws": 1,
+    "p_mean": P_MEAN,
     "p_std": P_STD,
 }
 
 
 def face_loss(velocity_map: Tensor, mask: Tensor) -> Tensor:
     """Mean of a loss map [B, F, H, W] inside the face masks [B, 1, h, w] of any size, per clip [B]."""
-    weight = F.interpolate(mask.float(), size=velocity_map.shape[-2:], mode="area")
+    weight = face_share(mask, velocity_map.shape)
     inside = (velocity_map * weight).sum((1, 2, 3))
     return inside / (weight.sum((1, 2, 3)) * velocity_map.shape[1]).clamp_min(1e-6)
 

@@ -307,8 +307,7 @@ def test_draws_depend_on_seed_and_number_only():
 def test_noise_levels_follow_p_mean_and_p_std():
     config = TrainingConfig(data_root="x")
     usual = draw(config, list(range(50)), (1, 1, 1, 1)).sigma.log()
-    narrow = dataclasses.replace(config, p_std=0.8)
-    moved = draw(narrow, list(range(50)), (1, 1, 1, 1), p_mean=1.4).sigma.log()
+    moved = draw(dataclasses.replace(config, p_mean=1.4, p_std=0.8), list(range(50)), (1, 1, 1, 1)).sigma.log()
     assert torch.allclose(moved - 1.4, (usual - 0.7) / 2, atol=1e-5)
 
 
