@@ -62,7 +62,8 @@ SILENCE = (1.4, 2.8)  # seconds without speech, in the clips that ask for it
 PORTRAIT_SIZE = 256
 SEED = 9000  # of faces and excerpts; training clips have others
 GUIDANCE = (0.0, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
-SWEEP_CLIPS = 12  # for curves over many settings
+SWEEP_CLIPS = 12  # for what is compared over many settings
+CURVE_CLIPS = 6  # for every checkpoint of every run
 DTYPE = "bf16"  # on CPUs that know it, two thirds of the time; the pictures differ by less than the VAE's own error
 USUAL = {"translation": 16, "expression": 48}  # buckets in the middle of what puppets do
 NO_SCALE = {"dynamic_scale": 1.0}  # buckets as predicted or given, not 1.5 times that
@@ -315,13 +316,13 @@ def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
         Experiment(f"audio guidance {scale:g}", {"guidance_scale_audio": scale}, clips=SWEEP_CLIPS)
         for scale in GUIDANCE
     ]
-    plan += [Experiment(f"without {part}", {}, without=part) for part in WITHOUT if part]
-    plan.append(Experiment("without shift fusion", {"shift_offset": 0}))
+    plan += [Experiment(f"without {part}", {}, clips=SWEEP_CLIPS, without=part) for part in WITHOUT if part]
+    plan.append(Experiment("without shift fusion", {"shift_offset": 0}, clips=SWEEP_CLIPS))
     long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS}
     plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
     for folder in runs:
         plan += [
-            Experiment(f"{folder.parent.name} {path.name}", {}, clips=SWEEP_CLIPS, checkpoint=str(path))
+            Experiment(f"{folder.parent.name} {path.name}", {}, clips=CURVE_CLIPS, checkpoint=str(path))
             for path in training_checkpoints(folder)
         ]
     for folder in trials:

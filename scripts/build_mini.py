@@ -105,13 +105,18 @@ class Build:
             for part in ("base/vae", "base/image_encoder", "whisper"):
                 halve(target / part)
 
-    def training(self, folder: Path) -> None:
+    def training(self, folder: Path) -> dict:
         options = [text for name, value in TRAINING.items() for text in (f"--{name}", value)]
         call(
             *("sonic_training.py", "--model_path", self.work / "start", "--data_root", self.work / "clips"),
             *("--output_dir", folder, "--max_train_steps", STEPS, "--seed", self.seed),
             *("--resume_from_checkpoint", "latest", *options),
         )
+        # Of all steps, also of those before an interruption, which the stage's own clock has not seen.
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        rates = [row["clips_per_second"] for row in log if "clips_per_second" in row]
+        clips = TRAINING["train_batch_size"] * TRAINING["logging_steps"]
+        return {"seconds": round(sum(clips / rate for rate in rates)), "steps": STEPS}
 
     def ship(self, output: Path) -> None:
         """Base model, Whisper and trained weights in fp16; the base's own UNet is only described, it is not needed."""

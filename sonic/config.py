@@ -159,7 +159,6 @@ PRESETS = {
             resolution=128,
             shift_offset=3,
             num_inference_steps=12,
-            guidance_scale_image=1.0,  # 2.0 needs a branch more, and was no better
             guidance_scale_audio=3.0,
             decode_chunk_size=10,
             crop=0.5,
