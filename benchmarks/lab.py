@@ -2,8 +2,9 @@
 
     python benchmarks/lab.py --speech outputs/mini/seed-0/speech/unseen --runs outputs/mini/seed-*/training
 
-animates and measures, and writes docs/lab.md with its plots (`lab_report.py`). Every experiment's numbers lie in the work
-folder and are not made again, so an interrupted call goes on; another checkpoint begins anew. Axes: T frames.
+animates and measures, and writes docs/lab.md with its plots (`lab_report.py`). Every experiment's numbers lie in
+docs/lab/, in a folder named by the weights, and are not made again: an interrupted call goes on, and the document can be
+written without the runs. Another checkpoint begins anew. Axes: T frames.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 import torch
 from build_mini import EXPRESSION_AMPLITUDES, HEAD_AMPLITUDES, SIZE
-from lab_report import BUCKETS, write_report
+from lab_report import BUCKETS, PLOTS, write_report
 from PIL import Image
 from tqdm import tqdm
 
@@ -81,6 +82,7 @@ class Experiment:
     without: str | None = None  # a part that is switched off, see WITHOUT
     checkpoint: str | None = None  # another one than the one that is measured
     buckets_only: bool = False  # nothing is animated; what audio2bucket says is held against the clips' buckets
+    curves: bool = False  # keeps every frame's mouth opening, too
 
 
 # ---------------------------------------------------------------------------------------------------------- clips
@@ -225,9 +227,9 @@ def animate(experiment: Experiment, index: int, checkpoint: str, speech_folder: 
         "seconds_to_make": seconds,
         **as_numbers(found),
         "background_psnr": 10 * np.log10(255**2 / max(wall_error, 1e-9)),
-        "truth_opening": clip.opening,
-        "truth_width": clip.width,
     }
+    if experiment.curves:
+        numbers |= {"opening": found.opening, "truth_opening": clip.opening}
     if experiment.name == "main" or experiment.silence:
         numbers["truth"] = as_numbers(measure(truth, clip.speech, made.fps, truth_curves=curves, **common))
     return plain(numbers)
@@ -285,8 +287,6 @@ def as_numbers(found: Evaluation) -> dict:
         "seam_largest": found.seams and found.seams.largest,
         "seam_near": found.seams and found.seams.near_ratio,
         "seam_near_largest": found.seams and found.seams.near_largest,
-        "opening": found.opening,
-        "width": found.width,
     }
 
 
@@ -306,7 +306,10 @@ def plain(value):
 def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     """All of them, the most telling first."""
     low, high = BUCKETS
-    plan = [Experiment("main", {}), Experiment("predicted buckets", {}, clips=2 * CLIPS, buckets_only=True)]
+    plan = [
+        Experiment("main", {}, curves=True),
+        Experiment("predicted buckets", {}, clips=2 * CLIPS, buckets_only=True),
+    ]
     plan += [Experiment("silence", {}, clips=SWEEP_CLIPS, silence=True)]
     for side, other in (("translation", "expression"), ("expression", "translation")):
         for bucket in (low, high):
@@ -318,11 +321,11 @@ def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     ]
     plan += [Experiment(f"without {part}", {}, clips=SWEEP_CLIPS, without=part) for part in WITHOUT if part]
     plan.append(Experiment("without shift fusion", {"shift_offset": 0}, clips=SWEEP_CLIPS))
-    long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS}
+    long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS, "curves": True}
     plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
     for folder in runs:
         plan += [
-            Experiment(f"{folder.parent.name} {path.name}", {}, clips=CURVE_CLIPS, checkpoint=str(path))
+            Experiment(f"run {folder.parent.name} {path.name}", {}, clips=CURVE_CLIPS, checkpoint=str(path))
             for path in training_checkpoints(folder)
         ]
     for folder in trials:
@@ -339,6 +342,28 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def validations(folder: Path) -> list[dict]:
+    """The lines of a run's log that hold a validation."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [plain(row) for row in log if "validation_loss" in row]
+
+
+def numbers_file(work: Path, name: str) -> Path:
+    return work / f"{name.replace(' ', '-')}.json"
+
+
+def save_numbers(work: Path, name: str, rows: list[dict]) -> None:
+    """One line per clip, so that a change of one shows as such."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    numbers_file(work, name).write_text(f'{{"name": {json.dumps(name)}, "rows": [\n{lines}\n]}}\n')
+
+
+def read_numbers(work: Path) -> dict[str, list[dict]]:
+    """Every experiment's rows, by its name."""
+    found = [json.loads(path.read_text()) for path in work.glob("*.json")]
+    return {one["name"]: one["rows"] for one in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speech", type=Path, required=True, help="folder of unseen voices (scripts/make_speech.py)")
@@ -347,35 +372,35 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="training runs, for quality against steps")
     parser.add_argument("--trials", type=Path, nargs="*", default=[], help="run folders of benchmarks/trials.py")
-    parser.add_argument("--work", type=Path, default=ROOT / "outputs/lab", help="folder for the numbers")
+    parser.add_argument("--work", type=Path, default=PLOTS, help="folder for the numbers (default: docs/lab)")
     parser.add_argument("--processes", type=int, default=2, help="clips at once, each on one thread")
     parser.add_argument("--only", nargs="*", help="experiments whose name begins so; the report takes what is there")
     flags = parser.parse_args()
     work = flags.work / fingerprint(flags.checkpoint)
     work.mkdir(parents=True, exist_ok=True)
+    runs = [folder.resolve() for folder in flags.runs]
     trials = sorted(folder.resolve() for folder in flags.trials if training_checkpoints(folder))
-    plan = experiments([folder.resolve() for folder in flags.runs], trials)
+    plan = experiments(runs, trials)
     checkpoint, speech = str(flags.checkpoint.resolve()), flags.speech.resolve()
     with ProcessPoolExecutor(flags.processes) as pool:
         for experiment in plan:
             if flags.only and not any(experiment.name.startswith(name) for name in flags.only):
                 continue
-            path = work / f"{experiment.name.replace(' ', '-')}.json"
-            if path.is_file():
+            if numbers_file(work, experiment.name).is_file():
                 continue
             work_on = predict_buckets if experiment.buckets_only else animate
             jobs = [pool.submit(work_on, experiment, index, checkpoint, speech) for index in range(experiment.clips)]
             rows = [job.result() for job in tqdm(jobs, desc=experiment.name, disable=None)]
-            path.write_text(json.dumps({"name": experiment.name, "clips": rows}) + "\n")
+            save_numbers(work, experiment.name, rows)
             rs = [row["opening_r"] for row in rows if row.get("opening_r") is not None]
             print(
                 f"{experiment.name}: {len(rows)} clips" + (f", median r {np.median(rs):.3f}" if rs else ""), flush=True
             )
-    results = {}
-    for path in work.glob("*.json"):
-        result = json.loads(path.read_text())
-        results[result["name"]] = result["clips"]
-    write_report(results, flags.checkpoint, flags.runs, trials, DTYPE)
+    for folder in runs:
+        save_numbers(work, f"log of run {folder.parent.name}", validations(folder))
+    for folder in trials:
+        save_numbers(work, f"log of trial {folder.name}", validations(folder))
+    write_report(read_numbers(work), flags.checkpoint, DTYPE)
 
 
 if __name__ == "__main__":

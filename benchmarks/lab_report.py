@@ -221,23 +221,23 @@ def shift_rows(results: Results) -> list[Row]:
     ]
 
 
-def validations(folder: Path) -> list[dict]:
-    """The lines of a run's log that hold a validation."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [row for row in log if "validation_loss" in row]
+def logs(results: Results, kind: str) -> Results:
+    """What validation said during every "run" or "trial", by its name."""
+    prefix = f"log of {kind} "
+    return {name.removeprefix(prefix): results[name] for name in sorted(results) if name.startswith(prefix)}
 
 
-def training_curves(results: Results, runs: list[Path]) -> dict[str, dict[str, np.ndarray]]:
+def training_curves(results: Results) -> dict[str, dict[str, np.ndarray]]:
     """Per run: steps and median r of its checkpoints, and what its log says of validation."""
     found = {}
-    for folder in runs:
-        seed = folder.resolve().parent.name
+    for seed, checks in logs(results, "run").items():
         points = sorted(
             (int(name.rpartition("-")[2]), np.nanmedian(values(rows, "opening_r")))
             for name, rows in results.items()
-            if name.startswith(f"{seed} checkpoint-")
+            if name.startswith(f"run {seed} checkpoint-")
         )
-        checks = validations(folder)
+        if len(points) < 2:
+            continue
         found[seed] = {
             "steps": np.array([step for step, _ in points]),
             "r": np.array([r for _, r in points]),
@@ -274,7 +274,7 @@ PARTS: list[Part] = [
 ]
 
 
-def write_report(results: Results, checkpoint: Path, runs: list[Path], trials: list[Path], dtype: str) -> None:
+def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
     """Writes docs/lab.md and docs/lab/*.png with what has been measured so far; what has not is named."""
     PLOTS.mkdir(exist_ok=True)
     settings = json.loads((checkpoint / "sonic.json").read_text())["settings"]
@@ -292,8 +292,7 @@ def write_report(results: Results, checkpoint: Path, runs: list[Path], trials: l
             rows += make(results)
         else:
             missing += [name for name in needed if name not in results]
-    curves = training_curves(results, runs) if runs else {}
-    curves = {seed: one for seed, one in curves.items() if len(one["steps"]) > 1}
+    curves, trials = training_curves(results), logs(results, "trial")
     rows += training_row(curves) if curves else []
     missing += [] if curves else ["more training (--runs)"]
     missing += [] if trials else ["flags of training (--trials)"]
@@ -326,8 +325,8 @@ def write_report(results: Results, checkpoint: Path, runs: list[Path], trials: l
     if curves:
         plot_training(curves, PLOTS / "training.png")
         lines += ["![more training](lab/training.png)", ""]
-    lines += init_table([folder for folder in trials if folder.name.startswith("init")])
-    lines += lips_table(results, [folder for folder in trials if folder.name.startswith("lips")])
+    lines += init_table(trials)
+    lines += lips_table(results)
     DOCUMENT.write_text("\n".join(lines))
     print(f"written: {DOCUMENT}")
 
@@ -382,9 +381,10 @@ def opened(checks: list[dict]) -> int | None:
     return step
 
 
-def init_table(folders: list[Path]) -> list[str]:
+def init_table(trials: Results) -> list[str]:
     """What a fitted audio2token is worth (`--init_audio2token`), with both kinds of Whisper positions."""
-    if not folders:
+    trials = {name: checks for name, checks in trials.items() if name.startswith("init")}
+    if not trials:
         return []
     lines = [
         "## A fitted start of audio2token",
@@ -396,24 +396,27 @@ def init_table(folders: list[Path]) -> list[str]:
         "| run | gap open after | gap at sigma 1 / 3 at the end | token spread: start → end | validation loss |",
         "|---|---|---|---|---|",
     ]
-    for folder in folders:
-        checks = validations(folder)
+    for name, checks in trials.items():
         first, last, step = checks[0], checks[-1], opened(checks)
         when = f"{step} steps" if step else f"not in {last['step']} steps"
         lines.append(
-            f"| {folder.name.removeprefix('init-')} | {when} | "
+            f"| {name.removeprefix('init-')} | {when} | "
             f"{last['audio_gap_sigma_1']:.4f} / {last['audio_gap_sigma_3']:.4f} | "
             f"{first['validation_token_spread']:.2f} → {last['validation_token_spread']:.2f} | {last['validation_loss']:.3f} |"
         )
     return [*lines, ""]
 
 
-def lips_table(results: Results, folders: list[Path]) -> list[str]:
+def lips_table(results: Results) -> list[str]:
     """What a weight on the loss around the lips is worth (`--lip_loss_weight`)."""
-    measured = [folder for folder in folders if f"trial {folder.name}" in results]
-    if not measured:
+    trials = {
+        int(name.rpartition("-")[2]): (results[f"trial {name}"], checks[-1])
+        for name, checks in logs(results, "trial").items()
+        if f"trial {name}" in results
+    }
+    if not trials:
         return []
-    steps = validations(measured[0])[-1]["step"]
+    steps = max(last["step"] for _, last in trials.values())
     lines = [
         "## The weight of the lips",
         "",
@@ -422,13 +425,10 @@ def lips_table(results: Results, folders: list[Path]) -> list[str]:
         "| weight | opening r | width r | identity | gap at sigma 1 / 3 | validation loss (unweighted) |",
         "|---|---|---|---|---|---|",
     ]
-    for folder in sorted(measured, key=lambda folder: int(folder.name.rpartition("-")[2])):
-        rows, last = results[f"trial {folder.name}"], validations(folder)[-1]
+    for weight, (rows, last) in sorted(trials.items()):
         cells = [spread(values(rows, key), 3) for key in ("opening_r", "width_r", "identity")]
         gaps = f"{last['audio_gap_sigma_1']:.4f} / {last['audio_gap_sigma_3']:.4f}"
-        lines.append(
-            f"| {folder.name.rpartition('-')[2]} | {' | '.join(cells)} | {gaps} | {last['validation_loss']:.3f} |"
-        )
+        lines.append(f"| {weight} | {' | '.join(cells)} | {gaps} | {last['validation_loss']:.3f} |")
     return [*lines, ""]
 
 

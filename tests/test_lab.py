@@ -10,6 +10,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import lab
 import lab_report
 
 
@@ -124,7 +125,7 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
     del found["silence"]
     for one in found["main"]:
         one["background_psnr"] = 20.0
-    lab_report.write_report(found, tmp_path, [], [], "fp32")
+    lab_report.write_report(found, tmp_path, "fp32")
     text = (tmp_path / "lab.md").read_text()
     assert (
         "| … and the wall behind | median PSNR of the still background ≥ 28 dB | 20.0 (20.0 … 20.0) dB | **missed** |"
@@ -138,30 +139,44 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
     assert (tmp_path / "lab/guidance.png").stat().st_size > 5_000
 
 
-def a_run(folder, gaps):
-    folder.mkdir()
-    checks = [
+def checks(gaps):
+    return [
         {"step": 50 * index, "validation_loss": 1 / (index + 1), "validation_token_spread": 0.4 - 0.1 * index}
         | {"audio_gap_sigma_1": gap / 2, "audio_gap_sigma_3": gap}
         for index, gap in enumerate(gaps)
     ]
-    lines = [{"step": 10, "loss": 1.0}, *checks]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
-def test_the_audio_gap_opens_where_it_stays_open(tmp_path):
-    early = a_run(tmp_path / "init-fitted", [0, 0.002, 0.0005, 0.003, 0.004])
-    never = a_run(tmp_path / "init-usual", [0, 0.002, 0.0005])
-    table = lab_report.init_table([early, never])
+def test_the_audio_gap_opens_where_it_stays_open():
+    early, never = checks([0, 0.002, 0.0005, 0.003, 0.004]), checks([0, 0.002, 0.0005])
+    table = lab_report.init_table({"init-fitted": early, "init-usual": never})
     assert "| fitted | 150 steps | 0.0020 / 0.0040 | 0.40 → 0.00 | 0.200 |" in table
     assert "| usual | not in 100 steps | 0.0003 / 0.0005 | 0.40 → 0.20 | 0.333 |" in table
-    assert lab_report.init_table([]) == []
+    assert lab_report.init_table({"lips-1": early}) == []
 
 
-def test_lip_weights_are_compared_in_their_order(tmp_path):
-    folders = [a_run(tmp_path / f"lips-{weight}", [0, 0.01]) for weight in (1, 12, 6)]
-    found = {f"trial lips-{weight}": results()["main"] for weight in (1, 12)}
-    table = lab_report.lips_table(found, folders)
+def test_lip_weights_are_compared_in_their_order():
+    found = {f"log of trial lips-{weight}": checks([0, 0.01]) for weight in (1, 12, 6)}
+    assert lab_report.lips_table(found) == []
+    found |= {f"trial lips-{weight}": results()["main"] for weight in (1, 12)}
+    table = lab_report.lips_table(found)
     assert [line[:5] for line in table if line.startswith("| 1")] == ["| 1 |", "| 12 "]  # 6 was not animated
-    assert lab_report.lips_table({}, folders) == []
+
+
+def test_numbers_that_were_kept_are_read_again(tmp_path):
+    log = [{"step": 10, "loss": 1.0}, *checks([0, 0.01])]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    kept = {"main": results()["main"], "log of run seed-1": lab.validations(tmp_path)}
+    for name, rows_of_it in kept.items():
+        lab.save_numbers(tmp_path, name, rows_of_it)
+    assert lab.read_numbers(tmp_path) == kept
+    assert kept["log of run seed-1"] == lab.plain(checks([0, 0.01]))
+
+
+def test_runs_are_followed_through_their_checkpoints():
+    found = {f"run seed-1 checkpoint-{step}": rows(r=r) for step, r in ((1000, 0.9), (500, 0.7))}
+    found |= {"log of run seed-1": checks([0, 0.01, 0.02]), "log of run seed-2": checks([0, 0.01])}
+    curves = lab_report.training_curves(found)
+    assert list(curves) == ["seed-1"]  # nothing of the other was animated
+    assert curves["seed-1"]["steps"].tolist() == [500, 1000] and curves["seed-1"]["r"].tolist() == [0.7, 0.9]
+    assert curves["seed-1"]["audio_gap_sigma_3"].tolist() == [0, 0.01, 0.02]
