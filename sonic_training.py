@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -41,23 +41,34 @@ from sonic.flags import Parser, config_from, run
 from sonic.optimizers import OPTIMIZERS
 from sonic.pipeline import Animator
 from sonic.prepare import PreparedData, find_videos, hold_out, prepare
+from sonic.run_log import (
+    TOO_MANY,
+    Log,
+    RunState,
+    by_noise_level,
+    differences,
+    provenance,
+    start_trackers,
+    write_report,
+)
 from sonic.sampling import ramp
+from sonic.stopping import StopSignals, ignore_signals
 from sonic.training import (
     Encoders,
-    Log,
     Numbered,
-    RunState,
     SampleNumbers,
+    any_says,
     audio_windows,
     draw,
     estimate_memory,
+    keep_checkpoints,
     lip_loss,
     loss_weight,
     optimizer_steps,
     readable,
     resume_state,
     save_training_checkpoint,
-    start_trackers,
+    saved_or_said,
     total_loss,
     used_memory,
     with_model_defaults,
@@ -76,7 +87,7 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
     return dataclasses.replace(config, report_to="wandb") if config.use_wandb else config
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int | None:
     config = parse(arguments)
     extractor = load_extractor(config.audio_extractor) if config.audio_extractor else None
     output_dir = Path(config.output_dir)
@@ -106,6 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():
         data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
     train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
+    made_of = provenance(config, train_clips)
+    for difference in differences(config, made_of["data"], resumed) if resumed else []:
+        accelerator.print(f"resuming with a difference: {difference}")
 
     torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
     model = start.load().train()
@@ -114,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
+    if config.compile:
+        model.unet.compile()
     half = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32  # SVD's VAE overflows in fp16
     base = load_base(start.base_model, half, half).to(accelerator.device)
     encoders = Encoders(base, accelerator.device)
@@ -161,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         ),
         num_workers=config.num_workers,
         multiprocessing_context="spawn" if config.num_workers else None,
+        worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
     validation = (
@@ -176,8 +193,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     def save() -> None:
         target = output_dir / f"checkpoint-{state.step}"
-        with atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder:
-            save_training_checkpoint(folder, accelerator, model, start, state)
+        with (
+            saved_or_said(target),
+            atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder,
+        ):
+            save_training_checkpoint(folder, accelerator, model, start, state, made_of)
+        if accelerator.is_main_process:
+            keep_checkpoints(output_dir, config.checkpoints_total_limit)
 
     def validate(video: bool) -> None:
         plain = accelerator.unwrap_model(model)
@@ -193,6 +215,21 @@ def main(arguments: list[str] | None = None) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         accelerator.print(f"step {state.step}: {shown}")
 
+    def log_line() -> dict:
+        seconds, wait = state.timing()
+        state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
+        values = state.means() | {
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "learning_rate": lr_scheduler.get_last_lr()[0],
+            "skipped_steps": state.skipped,
+            "clips_per_second": config.train_batch_size * accelerator.num_processes / seconds,
+            "data_wait": wait,
+            "memory_gb": used_memory(accelerator.device),
+        }
+        if accelerator.scaler:
+            values["loss_scale"] = accelerator.scaler.get_scale()
+        return values
+
     if validation and state.step == 0:
         validate(video=False)  # where it starts from; without it the first fall would not be seen
 
@@ -200,63 +237,84 @@ def main(arguments: list[str] | None = None) -> None:
     bar = tqdm(
         total=total_steps, initial=state.step, unit="step", disable=None if accelerator.is_main_process else True
     )
-    clock = time.perf_counter()
-    for samples in readable(loader):
-        waited = time.perf_counter() - clock
-        with accelerator.accumulate(model):
-            clip = encoders(samples).repeated(config.noise_draws)
-            now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, total_steps))
-            noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
-            losses = model(clip.with_noise(noise))
-            lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
-            accelerator.backward(total_loss(losses, loss_weight(config, lips, clip.portrait.mask)))
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad()
-        state.add(
-            loss=losses.velocity.item(),
-            lip_loss=lip_loss(losses, lips),
-            bucket_loss=losses.bucket.item(),
-            token_spread=losses.token_spread.item(),
-        )
-        state.time(wait=waited, whole=time.perf_counter() - clock)
-        state.samples += config.train_batch_size * accelerator.num_processes
+    bad, suspects, save_due = False, [], False
+    with StopSignals() as signals:
         clock = time.perf_counter()
-        if not math.isfinite(losses.velocity.item()):
-            names = ", ".join(samples["name"])
-            raise UserError(
-                f"the loss is {losses.velocity.item()} at step {state.step + 1} ({names}): lower --learning_rate"
-            )
-        if not accelerator.sync_gradients:
-            continue
+        for samples in readable(loader):
+            waited = time.perf_counter() - clock
+            with accelerator.accumulate(model):
+                clip = encoders(samples).repeated(config.noise_draws)
+                now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, total_steps))
+                noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
+                losses = model(clip.with_noise(noise))
+                lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
+                loss = total_loss(losses, loss_weight(config, lips, clip.portrait.mask))
+                no_number = not math.isfinite(loss.item())
+                suspects += samples["name"] if no_number else []
+                if any_says(accelerator, no_number):
+                    bad = True
+                else:
+                    accelerator.backward(loss)
+                    state.add(
+                        loss=losses.velocity.item(),
+                        lip_loss=lip_loss(losses, lips),
+                        bucket_loss=losses.bucket.item(),
+                        token_spread=losses.token_spread.item(),
+                        **by_noise_level(losses.velocity_map, noise.sigma),
+                    )
+                if accelerator.sync_gradients:
+                    norm = float(accelerator.clip_grad_norm_(trainable, config.max_grad_norm or float("inf")))
+                    if not math.isfinite(norm):
+                        bad, suspects = True, suspects or samples["name"]
+                    if not bad or accelerator.scaler:  # the scaler skips by itself, and learns from it
+                        optimizer.step()
+                optimizer.zero_grad()
+            state.time(wait=waited, whole=time.perf_counter() - clock)
+            state.samples += config.train_batch_size * accelerator.num_processes
+            clock = time.perf_counter()
+            if not accelerator.sync_gradients:
+                continue
 
-        if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips a step that overflows
             lr_scheduler.step()
-        state.step += 1
-        bar.update()
-        if state.step % config.logging_steps == 0 or state.step == total_steps:
-            seconds, wait = state.timing()
-            names, means = zip(*state.means().items(), strict=True)
-            means = accelerator.reduce(torch.tensor(means, device=accelerator.device), "mean")
-            values = dict(zip(names, means.tolist(), strict=True))
-            values |= {"grad_norm": float(norm), "learning_rate": lr_scheduler.get_last_lr()[0]}
-            clips = config.train_batch_size * accelerator.num_processes
-            values |= {
-                "clips_per_second": clips / seconds,
-                "data_wait": wait,
-                "memory_gb": used_memory(accelerator.device),
-            }
-            report(values)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.1e}")
-        if validation and (state.step % config.validation_steps == 0 or state.step == total_steps):
-            validate(video=True)
-        if state.step % config.save_steps == 0 or state.step == total_steps:
-            save()
-        clock = time.perf_counter()
+            state.step += 1
+            bar.update()
+            state.count_skipped(bad)
+            if bad:
+                blamed = ", ".join(dict.fromkeys(gather_object(suspects)))
+                accelerator.print(f"step {state.step} skipped: its loss or gradient is no number ({blamed})")
+                bad, suspects = False, []
+                if state.skipped_in_a_row == TOO_MANY:
+                    break
+            last = state.step == total_steps
+            if state.step % config.logging_steps == 0 or last:
+                values = log_line()
+                report(values)
+                bar.set_postfix(loss=values.get("loss"), lr=values["learning_rate"])
+            if validation and (state.step % config.validation_steps == 0 or last):
+                validate(video=True)
+            stop = any_says(accelerator, signals.received is not None)
+            save_due |= state.step % config.save_steps == 0 or last or stop
+            if save_due and not state.skipped_in_a_row:  # what is behind a skipped step may be spoilt
+                save()
+                save_due = False
+            if stop:
+                break
+            clock = time.perf_counter()
     bar.close()
     accelerator.end_training()
-    accelerator.print(f"done: {state.step} steps; the model is in {output_dir / f'checkpoint-{state.step}'}")
+    saved = training_checkpoints(output_dir)
+    if state.skipped_in_a_row:
+        last_good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint has been saved"
+        raise UserError(
+            f"the last {state.skipped_in_a_row} steps had losses or gradients that are no number and were skipped "
+            f"({blamed}): {last_good}; lower --learning_rate, or look at these clips"
+        )
+    if stop and not last:
+        accelerator.print(f"{signals.received.name}: saved {saved[-1]}; go on with --resume_from_checkpoint latest")
+        return 128 + signals.received
+    if accelerator.is_main_process:
+        print(f"done: {write_report(output_dir, state, saved[-1])}")
+    return None
 
 
 def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | None:

@@ -7,6 +7,7 @@ A base folder is Stable Video Diffusion's, in diffusers' layout; a Whisper folde
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -379,7 +380,9 @@ def create_whisper(folder: Path, preset: Preset) -> None:
 
 
 def training_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete `checkpoint-STEP` folders of a run, by step."""
+    """The complete `checkpoint-STEP` folders of a run, by step. What a kill in the midst of a change has left is put right."""
+    for half in output_dir.glob(".checkpoint-*.deleted"):
+        shutil.rmtree(half, ignore_errors=True)  # another process of the run may be at it, too
     for old in output_dir.glob(".checkpoint-*.old"):
         restore(old, output_dir / old.name.removeprefix(".").removesuffix(".old"))
     steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]

@@ -9,11 +9,13 @@ Axes: B clips, F frames of a window, R pixels of a side, C H W latent channels, 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +24,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
-from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
+from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released, training_checkpoints
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
+from sonic.run_log import PROVENANCE, RunState
+from sonic.weights import remove_folder
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
@@ -194,87 +199,7 @@ def audio_windows(clips: Sequence[Clip], count: int, seed: int) -> Tensor:
     return torch.cat(found)[:count]
 
 
-# ---------------------------------------------------------------------------------------------- run state
-
-
-@dataclass
-class RunState:
-    """How far a run is, with the sums behind the next log line: saved and restored with every checkpoint."""
-
-    step: int = 0
-    samples: int = 0  # seen by all processes together: the number of the next one
-    sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    # Of the time since the last log line, not part of the state: micro-batches, their seconds, those spent waiting for data.
-    timed: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def time(self, wait: float, whole: float) -> None:
-        """Counts a micro-batch's seconds."""
-        self.timed += 1
-        self.waited += wait
-        self.seconds += whole
-
-    def timing(self) -> tuple[float, float]:
-        """Seconds per micro-batch and the share of them spent waiting for data, since the last log line."""
-        timing = self.seconds / max(self.timed, 1), self.waited / max(self.seconds, 1e-9)
-        self.timed, self.seconds, self.waited = 0, 0.0, 0.0
-        return timing
-
-    def add(self, **values: float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-
-    def means(self) -> dict[str, float]:
-        """The means since the last call."""
-        means = {name: total / max(self.count, 1) for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "samples": self.samples, "sums": dict(self.sums), "count": self.count}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.samples = state["step"], state["samples"]
-        self.sums, self.count = dict(state["sums"]), state["count"]
-
-
-class Log:
-    """One JSON object per line in `log.jsonl`; lines beyond the step that a run resumes at are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        path.write_text("".join(f"{line}\n" for line in lines if self._up_to(line, step)))
-
-    @staticmethod
-    def _up_to(line: str, step: int) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except (json.JSONDecodeError, KeyError, TypeError):  # a kill may have cut it
-            return False
-
-    def write(self, step: int, values: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Opens the tracker that the flags name, which writes below the output folder. Raises UserError if it refuses."""
-    settings = {name: str(value) for name, value in vars(config).items()}
-    if config.report_to != "wandb":
-        accelerator.init_trackers("sonic", settings)
-        return
-    import wandb  # only a run that reports there needs it
-
-    try:
-        accelerator.init_trackers("sonic", settings, init_kwargs={"wandb": {"dir": config.output_dir}})
-    except wandb.errors.Error as error:
-        raise UserError(
-            f"wandb refuses to start ({error}): call `wandb login`, or set WANDB_MODE=offline, or use --report_to none"
-        ) from None
+# ---------------------------------------------------------------------------------------------- checkpoints of a run
 
 
 def resume_state(accelerator: Accelerator, folder: Path) -> None:
@@ -289,17 +214,49 @@ def resume_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def save_training_checkpoint(
-    folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint, state: RunState
+    folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint, state: RunState, made_of: dict
 ) -> None:
-    """Model in our form, in the released form, and all that a resumed run needs. Called by every process."""
-    if state.sums:  # each process has its own; all will resume with the mean
-        own = torch.tensor(list(state.sums.values()), dtype=torch.float64, device=accelerator.device)
-        state.sums = dict(zip(state.sums, accelerator.reduce(own, "mean").tolist(), strict=True))
+    """Model in our form, in the released form, all that a resumed run needs, and what the run is made of. Called by every
+    process."""
+    state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
     accelerator.save_state(str(folder / "state"), safe_serialization=True)
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model)
         save_model(folder, plain, start)
         save_released(folder / "released", plain)
+        (folder / PROVENANCE).write_text(json.dumps(made_of, indent=1) + "\n")
+
+
+def keep_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Deletes a run's oldest checkpoints beyond the limit. The newest, which has just been written whole, always stays."""
+    for folder in training_checkpoints(output_dir)[: -limit if limit else 0]:
+        remove_folder(folder)
+
+
+@contextlib.contextmanager
+def saved_or_said(target: Path) -> Iterator[None]:
+    """Raises UserError, with the folder and what is left to resume from, when a checkpoint cannot be written."""
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # a full disk, as Python, torch and safetensors tell of it
+        kept = training_checkpoints(target.parent)
+        before = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+        free = shutil.disk_usage(target.parent).free / 1e9
+        raise UserError(
+            f"cannot write {target} ({str(error).splitlines()[0]}; {free:.1f} GB are free there): {before}; make room and "
+            "go on with --resume_from_checkpoint latest"
+        ) from error
+
+
+def any_says(accelerator: Accelerator, said: bool) -> bool:
+    """Whether any process says so; all of them must ask."""
+    if accelerator.num_processes == 1:
+        return said
+    return accelerator.reduce(torch.tensor(float(said), device=accelerator.device), "sum").item() > 0
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -145,7 +145,7 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lamb
     try:
         if main:
             restore(old, path)
-            _remove(unfinished)
+            remove_folder(unfinished)
             unfinished.mkdir(parents=True)
         wait()
         yield unfinished
@@ -161,18 +161,21 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lamb
     finally:
         if main:
             restore(old, path)
-            _remove(unfinished)
+            remove_folder(unfinished)
 
 
 def restore(old: Path, path: Path) -> None:
     """Between two renames there is a moment without `path`; if that was the end, the old folder takes its name again."""
     if old.exists() and not path.exists():
         old.rename(path)
-    _remove(old)
+    remove_folder(old)
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder that may not exist. One with a visible name loses that first: a kill on the way leaves no half of it."""
     if folder.exists():
+        if not folder.name.startswith("."):
+            folder = folder.rename(folder.with_name(f".{folder.name}.deleted"))
         shutil.rmtree(folder)
 
 
