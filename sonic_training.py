@@ -59,13 +59,17 @@ from sonic.training import (
     SampleNumbers,
     any_says,
     audio_windows,
+    autocast_for,
+    callable_parts,
     draw,
     estimate_memory,
+    gradient_norm,
     keep_checkpoints,
     lip_loss,
     loss_weight,
     optimizer_steps,
     readable,
+    ready_for_sharding,
     resume_state,
     save_training_checkpoint,
     saved_or_said,
@@ -106,13 +110,14 @@ def main(arguments: list[str] | None = None) -> int | None:
 
     make_output_dir(output_dir)
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",  # for the scaler; see `autocast_for`
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir,
         # While the main process prepares the data the others wait, for hours if it must be.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    ready_for_sharding(accelerator, config)
     start_trackers(accelerator, config)
     with accelerator.main_process_first():
         data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
@@ -143,6 +148,8 @@ def main(arguments: list[str] | None = None) -> int | None:
         schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
     )
     model, optimizer = accelerator.prepare(model, optimizer)
+    callable_parts(model)
+    autocast = autocast_for(config, accelerator.device)
 
     state = RunState()
     accelerator.register_for_checkpointing(lr_scheduler, state)
@@ -204,11 +211,12 @@ def main(arguments: list[str] | None = None) -> int | None:
     def validate(video: bool) -> None:
         plain = accelerator.unwrap_model(model)
         plain.eval()
-        values = validation.measure(plain)
+        with autocast():
+            values = validation.measure(plain)
         if video:
             path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
             path = path if accelerator.is_main_process else None
-            animator = Animator(plain, base, accelerator.device, accelerator.autocast)
+            animator = Animator(plain, base, accelerator.device, autocast)
             validation.video(animator, path, accelerator.trackers, state.step)
         plain.train()
         report(values)
@@ -246,7 +254,8 @@ def main(arguments: list[str] | None = None) -> int | None:
                 clip = encoders(samples).repeated(config.noise_draws)
                 now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, total_steps))
                 noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
-                losses = model(clip.with_noise(noise))
+                with autocast():
+                    losses = model(clip.with_noise(noise))
                 lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
                 loss = total_loss(losses, loss_weight(config, lips, clip.portrait.mask))
                 no_number = not math.isfinite(loss.item())
@@ -263,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int | None:
                         **by_noise_level(losses.velocity_map, noise.sigma),
                     )
                 if accelerator.sync_gradients:
-                    norm = float(accelerator.clip_grad_norm_(trainable, config.max_grad_norm or float("inf")))
+                    norm = gradient_norm(accelerator, model, config.max_grad_norm)
                     if not math.isfinite(norm):
                         bad, suspects = True, suspects or samples["name"]
                     if not bad or accelerator.scaler:  # the scaler skips by itself, and learns from it

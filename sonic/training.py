@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,12 +22,14 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, init_empty_weights
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
 from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released, training_checkpoints
@@ -42,6 +44,7 @@ from sonic.weights import remove_folder
 BUCKET_LOSS_WEIGHT = 0.05
 VAE_BATCH = 8  # frames that the frozen VAE encodes at once
 ADAM_BYTES = 8  # two fp32 moments per parameter
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 
 
 # ---------------------------------------------------------------------------------------------- samples and noise
@@ -220,8 +223,8 @@ def save_training_checkpoint(
     process."""
     state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
     accelerator.save_state(str(folder / "state"), safe_serialization=True)
+    plain = whole_model(accelerator, model, start)
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model)
         save_model(folder, plain, start)
         save_released(folder / "released", plain)
         (folder / PROVENANCE).write_text(json.dumps(made_of, indent=1) + "\n")
@@ -236,13 +239,12 @@ def keep_checkpoints(output_dir: Path, limit: int | None) -> None:
 @contextlib.contextmanager
 def saved_or_said(target: Path) -> Iterator[None]:
     """Raises UserError, with the folder and what is left to resume from, when a checkpoint cannot be written."""
+    full_disk = (OSError, RuntimeError, SafetensorError)  # as Python, torch and safetensors tell of it
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # a full disk, as Python, torch and safetensors tell of it
+    except full_disk as error:
+        if isinstance(error, RuntimeError) and "failed writing" not in str(error):
+            raise
         kept = training_checkpoints(target.parent)
         before = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         free = shutil.disk_usage(target.parent).free / 1e9
@@ -257,6 +259,70 @@ def any_says(accelerator: Accelerator, said: bool) -> bool:
     if accelerator.num_processes == 1:
         return said
     return accelerator.reduce(torch.tensor(float(said), device=accelerator.device), "sum").item() > 0
+
+
+# ---------------------------------------------------------------------------------------------- many processes
+
+
+def autocast_for(config: TrainingConfig, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+    """Makes the context in which the model computes in `--mixed_precision`; its weights stay in fp32.
+
+    The same for one process, DDP, FSDP2 and DeepSpeed, each of which would have a way of its own.
+    """
+    dtype = PRECISIONS[config.mixed_precision]
+    return lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def ready_for_sharding(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Tells DeepSpeed what the flags say, and refuses what a sharded model cannot do. Raises UserError."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("FSDP 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
+    if config.mixed_precision == "fp16":
+        raise UserError(f"--mixed_precision fp16 does not go with {kind.value}: use bf16, or no")
+    if config.optimizer == "muon":
+        raise UserError(f"--optimizer muon needs whole matrices, which {kind.value} takes apart: use adamw")
+    if kind == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage > 2:
+            raise UserError(
+                "DeepSpeed's ZeRO-3 is not supported: use zero_stage 2, or FSDP2, which takes weights apart as well"
+            )
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.train_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "gradient_clipping": config.max_grad_norm,
+            "zero_allow_untested_optimizer": True,  # any that torch knows
+        }
+
+
+def callable_parts(model: torch.nn.Module) -> None:
+    """FSDP2 gathers weights when `forward` is called; validation also asks for velocities alone."""
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "velocity")
+
+
+def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float) -> float:
+    """The norm of all gradients, which are clipped to `limit` unless that is 0."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = accelerator.clip_grad_norm_(trainable, limit or float("inf"))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it clips by itself, and has made its step already
+        norm = model.get_global_grad_norm()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def whole_model(accelerator: Accelerator, model: torch.nn.Module, start: Checkpoint) -> Denoiser:
+    """The plain model, to save; of one whose weights are spread over processes a copy on the CPU of the main one. All call it."""
+    if not isinstance(model, FSDPModule):
+        return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    tensors = accelerator.get_state_dict(model)
+    with init_empty_weights():
+        copy = start.architecture.build()
+    if accelerator.is_main_process:
+        copy.load_state_dict(tensors, assign=True)
+    return copy
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -277,7 +343,7 @@ def estimate_memory(
     `frozen` is the number of the encoders' parameters. Activations are those that a real forward pass keeps for its
     backward pass, counted on tensors without storage.
     """
-    precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    precision = PRECISIONS[config.mixed_precision]
     frozen_bytes = frozen * (2 if config.mixed_precision == "bf16" else 4)
     side = config.resolution // 8
     clips, frames = config.train_batch_size * config.noise_draws, config.num_frames
