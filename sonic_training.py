@@ -32,16 +32,16 @@ from sonic.checkpoints import (
     count_base_parameters,
     load_base,
     load_whisper,
-    open_checkpoint,
     training_checkpoints,
 )
 from sonic.config import TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.flags import Parser, config_from, run
-from sonic.optimizers import OPTIMIZERS
+from sonic.optimizers import make_optimizer
 from sonic.pipeline import Animator
 from sonic.prepare import PreparedData, find_videos, hold_out, prepare
 from sonic.sampling import ramp
+from sonic.trainable import Trained, open_start, require_packages
 from sonic.training import (
     Encoders,
     Log,
@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(
             f"'{output_dir}' already holds a run: go on with --resume_from_checkpoint latest, or give another --output_dir"
         )
-    start = open_checkpoint(resumed or config.model_path, config.base_model, config.whisper_path, extractor)
+    require_packages(config)
+    start = open_start(config, resumed, extractor)
     config = with_model_defaults(config, start.settings)
     start = for_this_run(start, config)
     if config.dry_run:
@@ -109,17 +110,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
     model = start.load().train()
-    model.unet.freeze_unused()
     if config.init_audio2token and not resumed:
         model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
+    trained = Trained(model, config, start, resumed, accelerator.device)
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     half = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32  # SVD's VAE overflows in fp16
     base = load_base(start.base_model, half, half).to(accelerator.device)
     encoders = Encoders(base, accelerator.device)
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[config.optimizer](trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    trainable = list(trained.parameters.values())
+    optimizer = make_optimizer(config, trainable)
     per_epoch, total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
     # "constant" as diffusers knows it ignores the warmup that was asked for.
     schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
@@ -177,17 +178,18 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         target = output_dir / f"checkpoint-{state.step}"
         with atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder:
-            save_training_checkpoint(folder, accelerator, model, start, state)
+            save_training_checkpoint(folder, accelerator, trained, state)
 
     def validate(video: bool) -> None:
         plain = accelerator.unwrap_model(model)
         plain.eval()
-        values = validation.measure(plain)
-        if video:
-            path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
-            path = path if accelerator.is_main_process else None
-            animator = Animator(plain, base, accelerator.device, accelerator.autocast)
-            validation.video(animator, path, accelerator.trackers, state.step)
+        with trained.averaged():
+            values = validation.measure(plain)
+            if video:
+                path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
+                path = path if accelerator.is_main_process else None
+                animator = Animator(plain, base, accelerator.device, accelerator.autocast)
+                validation.video(animator, path, accelerator.trackers, state.step)
         plain.train()
         report(values)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
@@ -234,6 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips a step that overflows
             lr_scheduler.step()
         state.step += 1
+        trained.update(state.step)
         bar.update()
         if state.step % config.logging_steps == 0 or state.step == total_steps:
             seconds, wait = state.timing()

@@ -27,16 +27,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
-from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
+from sonic.checkpoints import Architecture, BaseModels
 from sonic.config import Settings, TrainingConfig, UserError
-from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
+from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
+from sonic.trainable import Trained, choose
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
 BUCKET_LOSS_WEIGHT = 0.05
 VAE_BATCH = 8  # frames that the frozen VAE encodes at once
 ADAM_BYTES = 8  # two fp32 moments per parameter
+ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # two of one byte, and for each 256 of them one fp32 scale
 
 
 # ---------------------------------------------------------------------------------------------- samples and noise
@@ -288,18 +290,14 @@ def resume_state(accelerator: Accelerator, folder: Path) -> None:
         ) from error
 
 
-def save_training_checkpoint(
-    folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint, state: RunState
-) -> None:
+def save_training_checkpoint(folder: Path, accelerator: Accelerator, trained: Trained, state: RunState) -> None:
     """Model in our form, in the released form, and all that a resumed run needs. Called by every process."""
     if state.sums:  # each process has its own; all will resume with the mean
         own = torch.tensor(list(state.sums.values()), dtype=torch.float64, device=accelerator.device)
         state.sums = dict(zip(state.sums, accelerator.reduce(own, "mean").tolist(), strict=True))
     accelerator.save_state(str(folder / "state"), safe_serialization=True)
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model)
-        save_model(folder, plain, start)
-        save_released(folder / "released", plain)
+        trained.save(folder)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -327,7 +325,7 @@ def estimate_memory(
     saved: dict[int, int] = {}
     with FakeTensorMode():
         model = architecture.build()
-        model.unet.freeze_unused()
+        choose(model, config)
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -362,10 +360,12 @@ def estimate_memory(
             total_loss(model(batch), batch.noise[:, :, 0])
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        held = sum(parameter.nbytes for parameter in model.parameters())
     parts = {
-        "weights": 4 * parameters,
+        "weights": held,
         "gradients": 4 * trainable,
-        "optimizer": ADAM_BYTES * trainable,
+        "optimizer": (ADAM_8BIT_BYTES if config.use_8bit_adam else ADAM_BYTES) * trainable,
+        "average": 4 * trainable if config.ema_decay and config.ema_device == "auto" else 0,
         "activations": sum(saved.values()),
         "encoders": frozen_bytes,
     }
