@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -161,8 +160,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         raise UserError(f"'{args.output}' exists already: give a new folder with --output")
     extractor = load_extractor(args.audio_extractor) if args.audio_extractor else None
     start = open_lora(args.lora, args.model_path, extractor=extractor)
-    with torch.no_grad():
-        model = load_merged(args.lora, start)
+    model = load_merged(args.lora, start)
     with atomic_folder(args.output) as folder:
         save_model(folder, model, start)
         save_released(folder / "released", model)

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
@@ -323,9 +323,11 @@ def estimate_memory(
     side = config.resolution // 8
     clips, frames = config.train_batch_size * config.noise_draws, config.num_frames
     saved: dict[int, int] = {}
-    with FakeTensorMode():
+    with init_empty_weights():
         model = architecture.build()
         choose(model, config)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # which only to_empty has
+        model.to_empty(device="cpu")
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

@@ -3,12 +3,15 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from safetensors.torch import load_file
+from test_processes import finish
+from test_processes import start as start_script
 from test_training import (  # noqa: F401
     fixed_batch,
     flags,
@@ -164,6 +167,25 @@ def test_the_average_equals_one_by_hand(run, tiny, clips, cache, tmp_path):
     assert kept.keys() == {name for name in raw[3] if is_trained("all", name)}
     assert all(torch.equal(value, raw[3][name]) for name, value in kept.items())
     assert losses(tmp_path / "averaged") == losses(tmp_path / "raw")
+
+
+def test_two_processes_keep_one_average(tiny, clips, cache, tmp_path):
+    """With frozen weights in half precision, which DDP hands around as well."""
+    more = WAYS["audio"] | {"max_train_steps": 2, "save_steps": 1}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finish(
+        start_script(flags(tiny, clips, cache, tmp_path / "two", **more), tmp_path, torchrun, ACCELERATE_USE_CPU="1"),
+        tmp_path,
+    )
+    sonic_training.main(flags(tiny, clips, cache, tmp_path / "one", train_batch_size=2, **more))
+    for step, expected in losses(tmp_path / "one").items():
+        assert losses(tmp_path / "two")[step] == pytest.approx(expected, rel=0.02)  # bf16
+    first, second = (weights(tmp_path / f"two/checkpoint-{step}") for step in (1, 2))
+    raw = load_file(tmp_path / "two/checkpoint-2/state/raw.safetensors")
+    for name, value in raw.items():
+        assert torch.allclose(second[name], first[name].lerp(value, 0.75), rtol=1e-5, atol=1e-7)
+    frozen = first.keys() - raw.keys()
+    assert frozen and all(torch.equal(second[name], weights(tiny)[name]) for name in frozen)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
@@ -331,7 +353,7 @@ def test_the_optimizer_is_fused_unless_it_has_a_gradient_scaler():
 def test_every_attention_layer_has_adapters_where_it_can_learn(tiny):
     """The pattern for peft against the modules themselves."""
     unet = SonicUNet(**open_checkpoint(tiny).architecture.unet)
-    named = [name for name, _ in unet.named_modules() if sonic.lora.re.fullmatch(sonic.lora.TARGETS, name)]
+    named = [name for name, _ in unet.named_modules() if re.fullmatch(sonic.lora.TARGETS, name)]
     assert len(named) == 7 * len(unet.cross_attentions())  # four of attn1, three of attn2
 
 
