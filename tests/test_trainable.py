@@ -206,6 +206,16 @@ def test_the_average_is_what_is_validated(tiny, clips, cache, tmp_path, monkeypa
     assert not torch.equal(shipped, raw[name])
 
 
+def test_an_average_may_begin_or_end_when_a_run_is_resumed(run, tiny):
+    averaged, plain = run(**WAYS["audio"]) / "checkpoint-2", run(**WAYS["attention"]) / "checkpoint-2"
+    config = TrainingConfig(data_root="x", train_modules="audio")
+    trained = Trained(open_checkpoint(averaged).load(), config, open_checkpoint(averaged), averaged, CPU)
+    assert trained.average is None and same(trained.parameters, load_file(averaged / "state/raw.safetensors"))
+    config = TrainingConfig(data_root="x", train_modules="attention", ema_decay=0.9)
+    trained = Trained(open_checkpoint(plain).load(), config, open_checkpoint(plain), plain, CPU)
+    assert same(dict(zip(trained.parameters, trained.average.values, strict=True)), trained.parameters)
+
+
 def with_random_lora(start, **more):
     """A model whose adapters do something."""
     trained = Trained(
