@@ -32,13 +32,12 @@ from sonic.checkpoints import (
     count_base_parameters,
     load_base,
     load_whisper,
-    open_checkpoint,
     training_checkpoints,
 )
 from sonic.config import TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.flags import Parser, config_from, run
-from sonic.optimizers import OPTIMIZERS
+from sonic.optimizers import make_optimizer
 from sonic.pipeline import Animator
 from sonic.prepare import PreparedData, find_videos, hold_out, prepare
 from sonic.run_log import (
@@ -46,13 +45,16 @@ from sonic.run_log import (
     Log,
     RunState,
     by_noise_level,
-    differences,
+    changes,
+    check_resumable,
     provenance,
+    same_data,
     start_trackers,
     write_report,
 )
 from sonic.sampling import ramp
 from sonic.stopping import StopSignals, ignore_signals
+from sonic.trainable import Trained, open_start, require_packages
 from sonic.training import (
     Encoders,
     Numbered,
@@ -100,7 +102,10 @@ def main(arguments: list[str] | None = None) -> int | None:
         raise UserError(
             f"'{output_dir}' already holds a run: go on with --resume_from_checkpoint latest, or give another --output_dir"
         )
-    start = open_checkpoint(resumed or config.model_path, config.base_model, config.whisper_path, extractor)
+    require_packages(config)
+    if resumed:
+        check_resumable(config, resumed)
+    start = open_start(config, resumed, extractor)
     config = with_model_defaults(config, start.settings)
     start = for_this_run(start, config)
     if config.dry_run:
@@ -123,14 +128,17 @@ def main(arguments: list[str] | None = None) -> int | None:
         data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
     train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
     made_of = provenance(config, train_clips)
-    for difference in differences(config, made_of["data"], resumed) if resumed else []:
-        accelerator.print(f"resuming with a difference: {difference}")
+    if resumed:
+        changed = list(changes(config, resumed).values())
+        if not same_data(made_of["data"], resumed):
+            changed.append("other data: the samples that follow are not those that would have followed")
+        accelerator.print("".join(f"resuming with a difference: {change}\n" for change in changed), end="")
 
     torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
     model = start.load().train()
-    model.unet.freeze_unused()
     if config.init_audio2token and not resumed:
         model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
+    trained = Trained(model, config, start, resumed, accelerator.device)
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if config.compile:
@@ -139,8 +147,8 @@ def main(arguments: list[str] | None = None) -> int | None:
     base = load_base(start.base_model, half, half).to(accelerator.device)
     encoders = Encoders(base, accelerator.device)
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[config.optimizer](trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    trainable = list(trained.parameters.values())
+    optimizer = make_optimizer(config, trainable)
     per_epoch, total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
     # "constant" as diffusers knows it ignores the warmup that was asked for.
     schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
@@ -204,20 +212,21 @@ def main(arguments: list[str] | None = None) -> int | None:
             saved_or_said(target),
             atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder,
         ):
-            save_training_checkpoint(folder, accelerator, model, start, state, made_of)
+            save_training_checkpoint(folder, accelerator, trained, state, made_of)
         if accelerator.is_main_process:
             keep_checkpoints(output_dir, config.checkpoints_total_limit)
 
     def validate(video: bool) -> None:
         plain = accelerator.unwrap_model(model)
         plain.eval()
-        with autocast():
-            values = validation.measure(plain)
-        if video:
-            path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
-            path = path if accelerator.is_main_process else None
-            animator = Animator(plain, base, accelerator.device, autocast)
-            validation.video(animator, path, accelerator.trackers, state.step)
+        with trained.averaged():
+            with autocast():
+                values = validation.measure(plain)
+            if video:
+                path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
+                path = path if accelerator.is_main_process else None
+                animator = Animator(plain, base, accelerator.device, autocast)
+                validation.video(animator, path, accelerator.trackers, state.step)
         plain.train()
         report(values)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
@@ -294,6 +303,8 @@ def main(arguments: list[str] | None = None) -> int | None:
                 bad, suspects = False, []
                 if state.skipped_in_a_row == TOO_MANY:
                     break
+            else:
+                trained.update(state.step)
             last = state.step == total_steps
             if state.step % config.logging_steps == 0 or last:
                 values = log_line()

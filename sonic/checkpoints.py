@@ -172,11 +172,18 @@ class Checkpoint:
 
 
 def save_model(folder: Path, denoiser: Denoiser, origin: Checkpoint) -> None:
-    """Our own form: weights, architecture and settings, and where the base model and Whisper lie.
+    """Our own form: weights, and `save_index`'s description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_index(folder, origin)
+    for part in PARTS:
+        save_file(tensors_of(getattr(denoiser, part)), folder / f"{part}.safetensors")
+
+
+def save_index(folder: Path, origin: Checkpoint) -> None:
+    """Architecture and settings, and where the base model and Whisper lie.
 
     When those paths are read, a relative one is looked for inside the folder first, then from the project.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     index = {
         "format": FORMAT,
         "architecture": asdict(origin.architecture),
@@ -185,8 +192,6 @@ def save_model(folder: Path, denoiser: Denoiser, origin: Checkpoint) -> None:
         "whisper_path": portable(origin.whisper_path),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    for part in PARTS:
-        save_file(tensors_of(getattr(denoiser, part)), folder / f"{part}.safetensors")
 
 
 def save_released(folder: Path, denoiser: Denoiser) -> None:

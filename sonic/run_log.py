@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -39,8 +39,8 @@ PRACTICAL = {
     *("use_wandb", "resume_from_checkpoint", "dry_run", "save_steps", "logging_steps", "validation_steps"),
     *("checkpoints_total_limit", "gradient_checkpointing", "compile"),
 }
-# What the optimizer's state and the samples' order are made of: a run that changes it is another run.
-FIXED = {"optimizer", "seed", "train_batch_size"}
+# What samples follow from, and what the optimizer's state is made of: a run that changes it is another run.
+FIXED = {"seed", "optimizer", "train_modules", "lora_rank", "use_8bit_adam"}
 SIGMA_BANDS = (0.7, 2.0, 6.0)  # about a quarter of SVD's training noise levels lies in each of the four bands
 TOO_MANY = 10  # skipped steps in a row
 
@@ -207,28 +207,29 @@ def fingerprint(clips: Iterable[Clip]) -> str:
     return digest.hexdigest()[:16]
 
 
-def differences(config: TrainingConfig, data: str, folder: Path) -> list[str]:
-    """What a resumed run does otherwise than the one that left `folder`, one line each. Raises UserError for what cannot be
-    changed in the middle of a run."""
-    path = folder / PROVENANCE
-    if not path.is_file():
-        return [f"'{path}' is missing: nothing is known of the flags it was made with"]
-    before = read_json(path)
-    known, now = before.get("config", {}), asdict(config)
-    changed = {
-        entry.name: (known[entry.name], now[entry.name])
-        for entry in fields(config)
-        # JSON knows no tuples
-        if entry.name in known and json.loads(json.dumps(now[entry.name])) != known[entry.name]
+def changes(config: TrainingConfig, folder: Path) -> dict[str, str]:
+    """What the flags of a resumed run ask for that those that left `folder` did not: a sentence by flag."""
+    before, now = read_json(folder / PROVENANCE)["config"], json.loads(json.dumps(asdict(config)))
+    return {
+        name: f"--{name} {value} instead of {before[name]}"
+        for name, value in now.items()
+        if name in before and value != before[name] and name not in PRACTICAL
     }
-    said = {name: f"--{name} {now} instead of {was}" for name, (was, now) in changed.items() if name not in PRACTICAL}
-    stuck = [text for name, text in said.items() if name in FIXED]
+
+
+def check_resumable(config: TrainingConfig, folder: Path) -> None:
+    """Raises UserError if the flags change what cannot be changed in the middle of a run."""
+    stuck = [text for name, text in changes(config, folder).items() if name in FIXED]
     if stuck:
-        raise UserError(f"cannot resume {folder} with {', '.join(stuck)}: give the old value, or start a new run")
-    lines = list(said.values())
-    if before.get("data") != data:
-        lines.append("other data: the samples that follow are not those that would have followed")
-    return lines
+        raise UserError(
+            f"cannot resume {folder} with {', '.join(stuck)}: give the old value, or start a new run from its weights with "
+            f"--model_path {folder}"
+        )
+
+
+def same_data(data: str, folder: Path) -> bool:
+    """Whether the run that left `folder` drew its samples from these clips."""
+    return read_json(folder / PROVENANCE)["data"] == data
 
 
 # ------------------------------------------------------------------------------------------------------------ report

@@ -32,11 +32,12 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
-from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released, training_checkpoints
+from sonic.checkpoints import Architecture, BaseModels, training_checkpoints
 from sonic.config import Settings, TrainingConfig, UserError
-from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
+from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
 from sonic.run_log import PROVENANCE, RunState
+from sonic.trainable import Trained, choose
 from sonic.weights import remove_folder
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
@@ -45,6 +46,7 @@ BUCKET_LOSS_WEIGHT = 0.05
 VAE_BATCH = 8  # frames that the frozen VAE encodes at once
 ADAM_BYTES = 8  # two fp32 moments per parameter
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
+ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # two of one byte, and for each 256 of them one fp32 scale
 
 
 # ---------------------------------------------------------------------------------------------- samples and noise
@@ -217,16 +219,14 @@ def resume_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def save_training_checkpoint(
-    folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint, state: RunState, made_of: dict
+    folder: Path, accelerator: Accelerator, trained: Trained, state: RunState, made_of: dict
 ) -> None:
     """Model in our form, in the released form, all that a resumed run needs, and what the run is made of. Called by every
     process."""
     state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
     accelerator.save_state(str(folder / "state"), safe_serialization=True)
-    plain = whole_model(accelerator, model, start)
+    trained.save(folder, accelerator.is_main_process)
     if accelerator.is_main_process:
-        save_model(folder, plain, start)
-        save_released(folder / "released", plain)
         (folder / PROVENANCE).write_text(json.dumps(made_of, indent=1) + "\n")
 
 
@@ -284,6 +284,10 @@ def ready_for_sharding(accelerator: Accelerator, config: TrainingConfig) -> None
         raise UserError(f"--mixed_precision fp16 does not go with {kind.value}: use bf16, or no")
     if config.optimizer == "muon":
         raise UserError(f"--optimizer muon needs whole matrices, which {kind.value} takes apart: use adamw")
+    if kind == DistributedType.FSDP and (config.train_modules == "lora" or config.ema_decay or config.use_8bit_adam):
+        raise UserError(
+            "--train_modules lora, --ema_decay and --use_8bit_adam need whole weights: use DDP or ZeRO-2, not FSDP2"
+        )
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage > 2:
@@ -313,18 +317,6 @@ def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def whole_model(accelerator: Accelerator, model: torch.nn.Module, start: Checkpoint) -> Denoiser:
-    """The plain model, to save; of one whose weights are spread over processes a copy on the CPU of the main one. All call it."""
-    if not isinstance(model, FSDPModule):
-        return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    tensors = accelerator.get_state_dict(model)
-    with init_empty_weights():
-        copy = start.architecture.build()
-    if accelerator.is_main_process:
-        copy.load_state_dict(tensors, assign=True)
-    return copy
-
-
 # ---------------------------------------------------------------------------------------------- memory
 
 
@@ -348,9 +340,11 @@ def estimate_memory(
     side = config.resolution // 8
     clips, frames = config.train_batch_size * config.noise_draws, config.num_frames
     saved: dict[int, int] = {}
-    with FakeTensorMode():
+    with init_empty_weights():
         model = architecture.build()
-        model.unet.freeze_unused()
+        choose(model, config)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # which only to_empty has
+        model.to_empty(device="cpu")
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -385,10 +379,12 @@ def estimate_memory(
             total_loss(model(batch), batch.noise[:, :, 0])
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        held = sum(parameter.nbytes for parameter in model.parameters())
     parts = {
-        "weights": 4 * parameters,
+        "weights": held,
         "gradients": 4 * trainable,
-        "optimizer": ADAM_BYTES * trainable,
+        "optimizer": (ADAM_8BIT_BYTES if config.use_8bit_adam else ADAM_BYTES) * trainable,
+        "average": 4 * trainable if config.ema_decay and config.ema_device == "auto" else 0,
         "activations": sum(saved.values()),
         "encoders": frozen_bytes,
     }

@@ -129,6 +129,21 @@ def load_strict(
     module.load_state_dict(tensors, strict=not missing_ok, assign=True)
 
 
+@torch.no_grad()
+def fill_strict(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path) -> None:
+    """Copies a file's tensors into parameters of the same names. Raises UserError if names or shapes differ."""
+    expected = {name: tuple(value.shape) for name, value in parameters.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(dict(expected.items() ^ found.items()))
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"'{source}' does not fit this model: tensor '{name}' has shape {found.get(name)}, expected {expected.get(name)}"
+        )
+    for name, value in parameters.items():
+        value.copy_(tensors[name])
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's state dict as safetensors takes it: on the CPU, contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}

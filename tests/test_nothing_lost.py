@@ -18,7 +18,7 @@ from test_training import flags, fresh_accelerate, losses, same, weights  # noqa
 import sonic_training
 from sonic.checkpoints import training_checkpoints
 from sonic.config import TrainingConfig, UserError
-from sonic.run_log import FIXED, PRACTICAL, RunState, by_noise_level, differences, fingerprint, read_log
+from sonic.run_log import FIXED, PRACTICAL, RunState, by_noise_level, changes, fingerprint, read_log, same_data
 from sonic.stopping import StopSignals
 from sonic.training import keep_checkpoints
 
@@ -216,14 +216,21 @@ def test_resuming_with_other_flags_says_which(unbroken, tiny, clips, cache, tmp_
         sonic_training.main(flags(tiny, clips, cache, tmp_path, seed=1, resume_from_checkpoint="latest"))
 
 
-def test_resuming_with_other_data_says_so(unbroken):
+def test_resuming_with_other_data_says_so(unbroken, tiny, clips, cache, tmp_path, capsys):
+    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "output/checkpoint-2")
+    fewer = tmp_path / "clips"
+    fewer.mkdir()
+    for name in ("one.mp4", "two.mp4"):
+        shutil.copy(clips / name, fewer / name)
+    sonic_training.main(flags(tiny, fewer, cache, tmp_path / "output", resume_from_checkpoint="latest"))
+    assert "resuming with a difference: other data" in capsys.readouterr().out
+
+
+def test_the_same_flags_are_no_change(unbroken):
     known = json.loads((unbroken / "checkpoint-2/run.json").read_text())
     config = TrainingConfig(**known["config"])
-    assert differences(config, known["data"], unbroken / "checkpoint-2") == []
-    (said,) = differences(config, "0123", unbroken / "checkpoint-2")
-    assert said.startswith("other data")
-    (said,) = differences(config, known["data"], unbroken)
-    assert said.endswith("nothing is known of the flags it was made with")
+    assert changes(config, unbroken / "checkpoint-2") == {}
+    assert same_data(known["data"], unbroken / "checkpoint-2") and not same_data("0123", unbroken / "checkpoint-2")
 
 
 def test_every_flag_that_resuming_treats_apart_exists():

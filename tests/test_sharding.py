@@ -82,7 +82,7 @@ def test_two_sharded_processes_train_as_one_does(kind, alone, tiny, clips, cache
     ("change", "words"),
     [
         ({"optimizer": "muon"}, "--optimizer muon needs whole matrices"),
-        ({"lip_loss_weight": -1}, "--lip_loss_weight"),
+        ({"ema_decay": 0.99}, "--ema_decay and --use_8bit_adam need whole weights"),
     ],
 )
 def test_what_a_sharded_model_cannot_do(change, words, tiny, clips, cache, tmp_path):
