@@ -49,6 +49,10 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # two of one byte, and for each 256 of them one fp32 scale
 
 
+# What torch.save says of a full disk, depending on where it meets the end of it.
+TORCH_CANNOT_WRITE = ("failed writing", "unexpected pos", "iostream error")
+
+
 # ---------------------------------------------------------------------------------------------- samples and noise
 
 
@@ -243,7 +247,7 @@ def saved_or_said(target: Path) -> Iterator[None]:
     try:
         yield
     except full_disk as error:
-        if isinstance(error, RuntimeError) and "failed writing" not in str(error):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_CANNOT_WRITE):
             raise
         kept = training_checkpoints(target.parent)
         before = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
