@@ -303,7 +303,14 @@ class TrainingConfig(Checked):
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", POSITIVE)
     num_train_epochs: int = flag(100, "passes over the clips, one random window of each per pass", POSITIVE)
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs", POSITIVE)
+    train_modules: str = flag(
+        "all", "all, attention, audio (its attention and adapters) or lora", one_of("all", "attention", "audio", "lora")
+    )
+    lora_rank: int = flag(16, "rank of --train_modules lora", POSITIVE)
+    ema_decay: float = flag(0.0, "decay of a moving average of the weights; 0 keeps none", number(float, low=0))
+    ema_device: str = flag("cuda", "cuda or cpu: where the moving average lies", one_of("cuda", "cpu"))
     optimizer: str = flag("adamw", "adamw, or muon for models that start from nothing", one_of("adamw", "muon"))
+    use_8bit_adam: bool = flag(False, "bitsandbytes' AdamW, which remembers two bytes per parameter instead of eight")
     learning_rate: float = flag(1e-5, "the optimizer's learning rate", number(float, above=0))
     lr_scheduler: str = flag("constant", ", ".join(LR_SCHEDULERS), one_of(*LR_SCHEDULERS))
     lr_warmup_steps: int = flag(0, "optimizer steps over which the learning rate rises", WHOLE)
@@ -313,6 +320,8 @@ class TrainingConfig(Checked):
     gradient_checkpointing: bool = flag(
         False, "compute activations again in the backward pass: much less memory, more time"
     )
+
+    cache_latents: bool = flag(False, "encode every clip once, ahead of training")
 
     audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE)
     image_drop_prob: float = flag(0.05, "share of samples without image (latent and CLIP)", SHARE)
@@ -337,6 +346,9 @@ class TrainingConfig(Checked):
     report_to: str = flag("none", "none, wandb or tensorboard", one_of(*TRACKERS))
     use_wandb: bool = flag(False, "the same as --report_to wandb")
     dry_run: bool = flag(False, "print the resolved settings, models, data and a memory estimate, and stop")
+    device_memory_gb: float | None = flag(
+        None, "memory of the GPU that --dry_run speaks of, such as 24 (default: the device here)", number(float, above=0)
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state, memory estimate.
+"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state.
 
 Everything random is drawn per sample from (seed, sample number), never from a global generator, and a run counts the samples
 it has seen. So a run that is cut and resumed, also with other numbers of workers or processes, goes through the same samples
@@ -17,17 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
-from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
+from sonic.audio import short_windows
+from sonic.checkpoints import BaseModels, Checkpoint, save_model, save_released
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
@@ -36,7 +34,6 @@ from sonic.prepare import Clip
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
 BUCKET_LOSS_WEIGHT = 0.05
 VAE_BATCH = 8  # frames that the frozen VAE encodes at once
-ADAM_BYTES = 8  # two fp32 moments per parameter
 
 
 # ---------------------------------------------------------------------------------------------- samples and noise
@@ -302,75 +299,12 @@ def save_training_checkpoint(
         save_released(folder / "released", plain)
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------------------- what is trained, and how long
 
 
-def used_memory(device: torch.device) -> float:
-    """GB: the peak so far of the GPU's allocator, or what this process holds now on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
-
-
-def estimate_memory(
-    architecture: Architecture, config: TrainingConfig, frozen: int
-) -> tuple[dict[str, float], dict[str, int]]:
-    """GB per process by part at the peak of a step, and parameter counts, before anything is loaded.
-
-    `frozen` is the number of the encoders' parameters. Activations are those that a real forward pass keeps for its
-    backward pass, counted on tensors without storage.
-    """
-    precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    frozen_bytes = frozen * (2 if config.mixed_precision == "bf16" else 4)
-    side = config.resolution // 8
-    clips, frames = config.train_batch_size * config.noise_draws, config.num_frames
-    saved: dict[int, int] = {}
-    with FakeTensorMode():
-        model = architecture.build()
-        model.unet.freeze_unused()
-        if config.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-                alive.append(tensor)
-            return tensor
-
-        alive: list[Tensor] = []
-        latent = torch.zeros(clips, frames, architecture.unet["out_channels"], side, side)
-        batch = TrainingBatch(
-            latents=latent,
-            portrait=Portrait(
-                latent[:, 0], torch.zeros(clips, architecture.clip_width), torch.zeros(clips, 1, side, side)
-            ),
-            short_windows=torch.zeros(clips, frames, SHORT_LENGTH, architecture.audio_layers, architecture.audio_width),
-            long_windows=torch.zeros(clips, frames, LONG_LENGTH, 1, architecture.audio_width),
-            buckets=torch.zeros(clips, 2),
-            fps=torch.zeros(clips),
-            keep_audio=torch.ones(clips),
-            keep_image=torch.ones(clips),
-            sigma=torch.ones(clips),
-            noise=latent,
-        )
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", precision, enabled=precision != torch.float32),
-        ):
-            total_loss(model(batch), batch.noise[:, :, 0])
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-    parts = {
-        "weights": 4 * parameters,
-        "gradients": 4 * trainable,
-        "optimizer": ADAM_BYTES * trainable,
-        "activations": sum(saved.values()),
-        "encoders": frozen_bytes,
-    }
-    sizes = {name: count / 1e9 for name, count in parts.items()}
-    return sizes, {"all": parameters, "trainable": trainable, "frozen encoders": frozen}
+def choose_trainable(model: Denoiser, config: TrainingConfig) -> None:
+    """Freezes what the flags do not train."""
+    model.unet.freeze_unused()
 
 
 def optimizer_steps(config: TrainingConfig, clips: int, world: int) -> tuple[int, int]:
