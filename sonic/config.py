@@ -347,7 +347,9 @@ class TrainingConfig(Checked):
     use_wandb: bool = flag(False, "the same as --report_to wandb")
     dry_run: bool = flag(False, "print the resolved settings, models, data and a memory estimate, and stop")
     device_memory_gb: float | None = flag(
-        None, "memory of the GPU that --dry_run speaks of, such as 24 (default: the device here)", number(float, above=0)
+        None,
+        "memory of the GPU that --dry_run speaks of, such as 24 (default: the device here)",
+        number(float, above=0),
     )
 
     def __post_init__(self):

@@ -37,6 +37,7 @@ GUIDED = 3  # clips in the UNet at once when a sample video is made: one per gui
 ROOM = 0.9  # share of a GPU that a run should fill: CUDA's context and the gaps between blocks take the rest
 # For `surely_small`: numbers kept per channel, pixel and layer of a UNet; the real ones keep less than a fifth of it.
 KEPT_PER_LAYER = 150
+KEPT_PER_PIXEL = 1024  # and of a VAE per pixel: eight maps of 128 channels
 
 
 # ---------------------------------------------------------------------------------------------- what is alive
@@ -370,15 +371,16 @@ def available_memory(config: TrainingConfig, device: torch.device) -> tuple[int,
 
 
 def surely_small(start: Checkpoint, config: TrainingConfig) -> int:
-    """Bytes that a step's activations stay below, however it is run: every layer at full width and resolution.
+    """Bytes that a run stays below, however it is made: every layer of the UNet at full width and resolution.
 
     Far too much for a real model, but enough to spare small runs the seconds that an estimate takes.
     """
-    unet = start.architecture.unet
+    unet, side = start.architecture.unet, config.resolution // 8
     layers = (2 * unet.get("layers_per_block", 2) + 2) * len(unet["block_out_channels"]) + 2
-    clips = config.train_batch_size * config.noise_draws
-    pixels = clips * config.num_frames * (config.resolution // 8) ** 2
-    return 4 * KEPT_PER_LAYER * layers * max(unet["block_out_channels"]) * pixels
+    pixels = config.train_batch_size * config.noise_draws * config.num_frames * side**2
+    activations = 4 * KEPT_PER_LAYER * layers * max(unet["block_out_channels"]) * pixels
+    files = sum(path.stat().st_size for path in start.tensors.values())  # of fp16 it may be, so twice that
+    return activations + 2 * 4 * files + 4 * KEPT_PER_PIXEL * VAE_BATCH * config.resolution**2
 
 
 def ways_to_save(config: TrainingConfig, on_gpu: bool) -> Iterator[tuple[str, dict]]:
@@ -410,7 +412,6 @@ def ways_to_save(config: TrainingConfig, on_gpu: bool) -> Iterator[tuple[str, di
 
 def flags_that_fit(estimator: Estimator, config: TrainingConfig, room: int) -> tuple[str, Estimate] | None:
     """The most harmless flags with which a run fits into `room` bytes, and its estimate with them; None if none do."""
-    # One flag alone, then more and more of them.
     ways = list(ways_to_save(config, estimator.on_gpu))
     chosen: list[tuple[str, dict]] = []
     for way in ways:
