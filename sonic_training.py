@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,7 +29,6 @@ from tqdm import tqdm
 from sonic.audio import load_extractor
 from sonic.checkpoints import (
     Checkpoint,
-    count_base_parameters,
     load_base,
     load_whisper,
     training_checkpoints,
@@ -37,6 +36,7 @@ from sonic.checkpoints import (
 from sonic.config import TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.flags import Parser, config_from, run
+from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
 from sonic.optimizers import make_optimizer
 from sonic.pipeline import Animator
 from sonic.prepare import PreparedData, find_videos, hold_out, prepare
@@ -53,30 +53,24 @@ from sonic.run_log import (
     write_report,
 )
 from sonic.sampling import ramp
+from sonic.sharding import any_says, autocast_for, callable_parts, gradient_norm, ready_for_sharding
 from sonic.stopping import StopSignals, ignore_signals
-from sonic.trainable import Trained, open_start, require_packages
+from sonic.trainable import Trained, choose, open_start, require_packages
 from sonic.training import (
     Encoders,
     Numbered,
     SampleNumbers,
-    any_says,
     audio_windows,
-    autocast_for,
-    callable_parts,
     draw,
-    estimate_memory,
-    gradient_norm,
     keep_checkpoints,
     lip_loss,
     loss_weight,
     optimizer_steps,
     readable,
-    ready_for_sharding,
     resume_state,
     save_training_checkpoint,
     saved_or_said,
     total_loss,
-    used_memory,
     with_model_defaults,
 )
 from sonic.validation import Validation
@@ -123,6 +117,11 @@ def main(arguments: list[str] | None = None) -> int | None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     ready_for_sharding(accelerator, config)
+    # What shards a model, FSDP and DeepSpeed, needs less than an estimate for one process says.
+    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        estimator = Estimator(start, choose, on_gpu=accelerator.device.type == "cuda")
+        if tight := require_memory(estimator, config, accelerator.device):
+            accelerator.print(tight)
     start_trackers(accelerator, config)
     with accelerator.main_process_first():
         data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
@@ -407,12 +406,11 @@ def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
     print(f"data: {len(videos)} video files in {config.data_root}")
     print("model:", {part: str(path) for part, path in start.tensors.items()})
     print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
-    frozen = count_base_parameters(start.base_model)
-    parts, counts = estimate_memory(start.architecture, config, frozen)
-    print("parameters: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items()))
-    for name, size in parts.items():
-        print(f"  {name:12} {size:8.2f} GB")
-    print(f"  {'together':12} {sum(parts.values()):8.2f} GB per process, estimated")
+    on_gpu = torch.cuda.is_available() or config.device_memory_gb is not None
+    estimator = Estimator(start, choose, on_gpu)
+    print(estimator(config).table())
+    room, where = available_memory(config, torch.device("cuda" if on_gpu else "cpu"))
+    print("this run " + verdict(estimator, config, room, where)[1])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from einops import rearrange
-from sonic.memory import PRECISIONS, used_memory
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, WhisperConfig
@@ -40,6 +39,7 @@ from sonic.checkpoints import Architecture, BaseModels
 from sonic.config import PRESETS, Preset, TrainingConfig
 from sonic.denoiser import per_clip, scalings
 from sonic.flags import run
+from sonic.memory import PRECISIONS, used_memory
 from sonic.optimizers import make_optimizer
 from sonic.training import VAE_BATCH, Draw, EncodedClip, Encoders, total_loss
 

@@ -69,24 +69,20 @@ class BaseModels:
         return encoder(clip_pixels.to(encoder.device, encoder.dtype)).image_embeds.float()
 
 
-def count_base_parameters(folder: Path) -> int:
-    """Parameters of the frozen VAE and CLIP encoder of a Stable Video Diffusion folder, without loading them."""
-    vae, image_encoder = _empty_base(folder)
-    return sum(parameter.numel() for part in (vae, image_encoder) for parameter in part.parameters())
-
-
-def _empty_base(folder: Path) -> tuple[AutoencoderKLTemporalDecoder, CLIPVisionModelWithProjection]:
+def build_base(folder: Path) -> tuple[AutoencoderKLTemporalDecoder, CLIPVisionModelWithProjection]:
+    """VAE and CLIP encoder of a Stable Video Diffusion folder with fresh weights."""
     vae_path, clip_path = folder / "vae/config.json", folder / "image_encoder/config.json"
     vae_config, clip_config = read_json(vae_path), read_json(clip_path)
-    with init_empty_weights(), described_by(vae_path):
+    with described_by(vae_path):
         vae = AutoencoderKLTemporalDecoder.from_config(vae_config)
-    with init_empty_weights(), described_by(clip_path):
+    with described_by(clip_path):
         return vae, CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(clip_config))
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32) -> BaseModels:
     """VAE, CLIP encoder and scheduler of a Stable Video Diffusion folder, frozen, on the CPU."""
-    vae, image_encoder = _empty_base(folder)
+    with init_empty_weights():
+        vae, image_encoder = build_base(folder)
     for part, name, stem, kind in (
         (vae, "vae", "diffusion_pytorch_model", vae_dtype),
         (image_encoder, "image_encoder", "model", dtype),

@@ -330,6 +330,7 @@ class TrainingConfig(Checked):
     ema_device: str = flag(
         "auto", "where the average is kept: auto (the training device) or cpu", one_of("auto", "cpu")
     )
+    cache_latents: bool = flag(False, "encode every clip once, ahead of training")
 
     audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE)
     image_drop_prob: float = flag(0.05, "share of samples without image (latent and CLIP)", SHARE)
@@ -356,6 +357,11 @@ class TrainingConfig(Checked):
     report_to: str = flag("none", "none, wandb or tensorboard", one_of(*TRACKERS))
     use_wandb: bool = flag(False, "the same as --report_to wandb")
     dry_run: bool = flag(False, "print the resolved settings, models, data and a memory estimate, and stop")
+    device_memory_gb: float | None = flag(
+        None,
+        "memory of the GPU that --dry_run speaks of, such as 24 (default: the device here)",
+        number(float, above=0),
+    )
 
     def __post_init__(self):
         super().__post_init__()

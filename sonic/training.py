@@ -1,4 +1,4 @@
-"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state, memory estimate.
+"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state.
 
 Everything random is drawn per sample from (seed, sample number), never from a global generator, and a run counts the samples
 it has seen. So a run that is cut and resumed, also with other numbers of workers or processes, goes through the same samples
@@ -14,40 +14,32 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType, init_empty_weights
+from accelerate import Accelerator
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
-from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
-from sonic.checkpoints import Architecture, BaseModels, training_checkpoints
+from sonic.audio import short_windows
+from sonic.checkpoints import BaseModels, training_checkpoints
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
 from sonic.run_log import PROVENANCE, RunState
-from sonic.trainable import Trained, choose
+from sonic.trainable import Trained
 from sonic.weights import remove_folder
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
 BUCKET_LOSS_WEIGHT = 0.05
 VAE_BATCH = 8  # frames that the frozen VAE encodes at once
-ADAM_BYTES = 8  # two fp32 moments per parameter
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
-ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # two of one byte, and for each 256 of them one fp32 scale
-
 
 # What torch.save says of a full disk, depending on where it meets the end of it.
 TORCH_CANNOT_WRITE = ("failed writing", "unexpected pos", "iostream error")
@@ -258,142 +250,7 @@ def saved_or_said(target: Path) -> Iterator[None]:
         ) from error
 
 
-def any_says(accelerator: Accelerator, said: bool) -> bool:
-    """Whether any process says so; all of them must ask."""
-    if accelerator.num_processes == 1:
-        return said
-    return accelerator.reduce(torch.tensor(float(said), device=accelerator.device), "sum").item() > 0
-
-
-# ---------------------------------------------------------------------------------------------- many processes
-
-
-def autocast_for(config: TrainingConfig, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    """Makes the context in which the model computes in `--mixed_precision`; its weights stay in fp32.
-
-    The same for one process, DDP, FSDP2 and DeepSpeed, each of which would have a way of its own.
-    """
-    dtype = PRECISIONS[config.mixed_precision]
-    return lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def ready_for_sharding(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Tells DeepSpeed what the flags say, and refuses what a sharded model cannot do. Raises UserError."""
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
-    if config.mixed_precision == "fp16":
-        raise UserError(f"--mixed_precision fp16 does not go with {kind.value}: use bf16, or no")
-    if config.optimizer == "muon":
-        raise UserError(f"--optimizer muon needs whole matrices, which {kind.value} takes apart: use adamw")
-    if kind == DistributedType.FSDP and (config.train_modules == "lora" or config.ema_decay or config.use_8bit_adam):
-        raise UserError(
-            "--train_modules lora, --ema_decay and --use_8bit_adam need whole weights: use DDP or ZeRO-2, not FSDP2"
-        )
-    if kind == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage > 2:
-            raise UserError(
-                "DeepSpeed's ZeRO-3 is not supported: use zero_stage 2, or FSDP2, which takes weights apart as well"
-            )
-        plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.train_batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "gradient_clipping": config.max_grad_norm,
-            "zero_allow_untested_optimizer": True,  # any that torch knows
-        }
-
-
-def callable_parts(model: torch.nn.Module) -> None:
-    """FSDP2 gathers weights when `forward` is called; validation also asks for velocities alone."""
-    if isinstance(model, FSDPModule):
-        register_fsdp_forward_method(model, "velocity")
-
-
-def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float) -> float:
-    """The norm of all gradients, which are clipped to `limit` unless that is 0."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = accelerator.clip_grad_norm_(trainable, limit or float("inf"))
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it clips by itself, and has made its step already
-        norm = model.get_global_grad_norm()
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-# ---------------------------------------------------------------------------------------------- memory
-
-
-def used_memory(device: torch.device) -> float:
-    """GB: the peak so far of the GPU's allocator, or what this process holds now on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
-
-
-def estimate_memory(
-    architecture: Architecture, config: TrainingConfig, frozen: int
-) -> tuple[dict[str, float], dict[str, int]]:
-    """GB per process by part at the peak of a step, and parameter counts, before anything is loaded.
-
-    `frozen` is the number of the encoders' parameters. Activations are those that a real forward pass keeps for its
-    backward pass, counted on tensors without storage.
-    """
-    precision = PRECISIONS[config.mixed_precision]
-    frozen_bytes = frozen * (2 if config.mixed_precision == "bf16" else 4)
-    side = config.resolution // 8
-    clips, frames = config.train_batch_size * config.noise_draws, config.num_frames
-    saved: dict[int, int] = {}
-    with init_empty_weights():
-        model = architecture.build()
-        choose(model, config)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # which only to_empty has
-        model.to_empty(device="cpu")
-        if config.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-                alive.append(tensor)
-            return tensor
-
-        alive: list[Tensor] = []
-        latent = torch.zeros(clips, frames, architecture.unet["out_channels"], side, side)
-        batch = TrainingBatch(
-            latents=latent,
-            portrait=Portrait(
-                latent[:, 0], torch.zeros(clips, architecture.clip_width), torch.zeros(clips, 1, side, side)
-            ),
-            short_windows=torch.zeros(clips, frames, SHORT_LENGTH, architecture.audio_layers, architecture.audio_width),
-            long_windows=torch.zeros(clips, frames, LONG_LENGTH, 1, architecture.audio_width),
-            buckets=torch.zeros(clips, 2),
-            fps=torch.zeros(clips),
-            keep_audio=torch.ones(clips),
-            keep_image=torch.ones(clips),
-            sigma=torch.ones(clips),
-            noise=latent,
-        )
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", precision, enabled=precision != torch.float32),
-        ):
-            total_loss(model(batch), batch.noise[:, :, 0])
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        held = sum(parameter.nbytes for parameter in model.parameters())
-    parts = {
-        "weights": held,
-        "gradients": 4 * trainable,
-        "optimizer": (ADAM_8BIT_BYTES if config.use_8bit_adam else ADAM_BYTES) * trainable,
-        "average": 4 * trainable if config.ema_decay and config.ema_device == "auto" else 0,
-        "activations": sum(saved.values()),
-        "encoders": frozen_bytes,
-    }
-    sizes = {name: count / 1e9 for name, count in parts.items()}
-    return sizes, {"all": parameters, "trainable": trainable, "frozen encoders": frozen}
+# ---------------------------------------------------------------------------------------------- what is trained, and how long
 
 
 def optimizer_steps(config: TrainingConfig, clips: int, world: int) -> tuple[int, int]:

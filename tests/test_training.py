@@ -26,7 +26,6 @@ from sonic.training import (
     Encoders,
     SampleNumbers,
     draw,
-    estimate_memory,
     lip_loss,
     loss_weight,
     optimizer_steps,
@@ -367,21 +366,6 @@ def test_log_drops_what_lies_ahead_and_what_was_cut(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\njunk}\n{"step": 3}\n{"step": 2, "lo')
     Log(path, 2).write(3, {"loss": 1.5})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.5}\n'
-
-
-def test_memory_estimate_follows_the_flags(tiny):
-    architecture = open_checkpoint(tiny).architecture
-    config = with_model_defaults(TrainingConfig(data_root="x"), open_checkpoint(tiny).settings)
-    plain, counts = estimate_memory(architecture, config, 1000)
-    parameters = sum(value.numel() for value in open_checkpoint(tiny).load().parameters())
-    assert counts["all"] == parameters and counts["trainable"] < parameters
-    assert plain["weights"] == pytest.approx(4e-9 * parameters)
-    twice, _ = estimate_memory(architecture, dataclasses.replace(config, train_batch_size=2), 1000)
-    assert twice["activations"] == pytest.approx(2 * plain["activations"], rel=0.1)
-    leaner, _ = estimate_memory(architecture, dataclasses.replace(config, gradient_checkpointing=True), 1000)
-    assert leaner["activations"] < 0.8 * plain["activations"]
-    half, _ = estimate_memory(architecture, dataclasses.replace(config, mixed_precision="bf16"), 1000)
-    assert half["activations"] < 0.8 * plain["activations"]
 
 
 @pytest.mark.parametrize(("frame_step", "shift"), [(1, 3), (2, 7)])
