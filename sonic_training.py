@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     bar = tqdm(
         total=total_steps, initial=state.step, unit="step", disable=None if accelerator.is_main_process else True
     )
-    bad, suspects, save_due = False, [], False
+    bad, suspects, save_due, stop, last = False, [], False, False, False
     with StopSignals() as signals:
         clock = time.perf_counter()
         for samples in readable(loader):
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int | None:
             f"the last {state.skipped_in_a_row} steps had losses or gradients that are no number and were skipped "
             f"({blamed}): {last_good}; lower --learning_rate, or look at these clips"
         )
-    if stop and not last:
+    if stop and not last:  # of the steps; one that came with the last of them has stopped nothing
         accelerator.print(f"{signals.received.name}: saved {saved[-1]}; go on with --resume_from_checkpoint latest")
         return 128 + signals.received
     if accelerator.is_main_process:
