@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,18 +29,18 @@ from tqdm import tqdm
 from sonic.audio import load_extractor
 from sonic.checkpoints import (
     Checkpoint,
+    LazyWhisper,
     count_base_parameters,
     load_base,
-    load_whisper,
     open_checkpoint,
     training_checkpoints,
 )
 from sonic.config import TrainingConfig, UserError
-from sonic.dataset import SonicDataset
 from sonic.flags import Parser, config_from, run
+from sonic.latents import cache_latents, gb_per_hour
 from sonic.optimizers import OPTIMIZERS
 from sonic.pipeline import Animator
-from sonic.prepare import PreparedData, find_videos, hold_out, prepare
+from sonic.prepare import PreparedData, Share, find_videos, hold_out, prepare
 from sonic.sampling import ramp
 from sonic.training import (
     Encoders,
@@ -99,13 +99,19 @@ def main(arguments: list[str] | None = None) -> None:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir,
-        # While the main process prepares the data the others wait, for hours if it must be.
+        # A process that has prepared its share of the data waits for the others, for hours if it must be.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     start_trackers(accelerator, config)
-    with accelerator.main_process_first():
-        data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
-    train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
+    share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
+    clips = prepare_data(config, start, extractor, accelerator.device, share).clips
+    half = half_precision(config)
+    if config.cache_latents:
+        encoders = cache_latents(clips, config, start.base_model, cache_dir(config), half, accelerator.device, share)
+        clips = encoders.clips
+    else:
+        encoders = Encoders(load_base(start.base_model, half, half).to(accelerator.device), accelerator.device)
+    train_clips, held_out = hold_out(clips, window=config.num_frames * config.frame_step + 1)
 
     torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
     model = start.load().train()
@@ -114,9 +120,6 @@ def main(arguments: list[str] | None = None) -> None:
         model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    half = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32  # SVD's VAE overflows in fp16
-    base = load_base(start.base_model, half, half).to(accelerator.device)
-    encoders = Encoders(base, accelerator.device)
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[config.optimizer](trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
@@ -141,17 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     log = Log(output_dir / "log.jsonl", state.step) if accelerator.is_main_process else None
 
-    dataset = SonicDataset(
-        train_clips,
-        num_frames=config.num_frames,
-        frame_step=config.frame_step,
-        resolution=config.resolution,
-        clip_size=base.image_encoder.config.image_size,
-        seed=config.seed,
-    )
     accumulated = config.gradient_accumulation_steps
     loader = DataLoader(
-        Numbered(dataset),
+        Numbered(encoders.dataset(train_clips, config)),
         batch_sampler=SampleNumbers(
             first=state.samples,
             batches=max(total_steps - state.step, 0) * accumulated,
@@ -186,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         if video:
             path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
             path = path if accelerator.is_main_process else None
-            animator = Animator(plain, base, accelerator.device, accelerator.autocast)
+            animator = Animator(plain, encoders.models(), accelerator.device, accelerator.autocast)
             validation.video(animator, path, accelerator.trackers, state.step)
         plain.train()
         report(values)
@@ -297,20 +292,35 @@ def make_output_dir(output_dir: Path) -> None:
         raise UserError(f"cannot write to output folder '{output_dir}': {error.strerror}") from None
 
 
-def prepare_data(config: TrainingConfig, start: Checkpoint, extractor, output_dir: Path, talk: bool) -> PreparedData:
+def cache_dir(config: TrainingConfig) -> Path:
+    """Where prepared data and cached latents lie."""
+    return Path(config.cache_dir or Path(config.output_dir) / "cache")
+
+
+def half_precision(config: TrainingConfig) -> torch.dtype:
+    """What the frozen encoders compute in: not in fp16, in which SVD's VAE overflows."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def prepare_data(
+    config: TrainingConfig, start: Checkpoint, extractor, device: torch.device, share: Share
+) -> PreparedData:
     """Tracks and audio features of every video, made or reused; prints what was left out and why."""
+    cache = cache_dir(config)
     data = prepare(
         config.data_root,
-        config.cache_dir or output_dir / "cache",
-        extractor or load_whisper(start.whisper_path),
+        cache,
+        extractor or LazyWhisper(start.whisper_path, cache / "whisper.json", device),
         num_frames=config.num_frames,
         frame_step=config.frame_step,
         num_workers=config.num_workers,
-        progress=talk,
+        progress=share.index == 0,
+        share=share,
     )
-    if talk:
+    if share.index == 0:
         print(data.table())
-        (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        path = Path(config.output_dir) / "config.json"
+        path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     return data
 
 
@@ -329,7 +339,9 @@ def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
     print(f"data: {len(videos)} video files in {config.data_root}")
     print("model:", {part: str(path) for part, path in start.tensors.items()})
     print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
-    frozen = count_base_parameters(start.base_model)
+    if config.cache_latents:
+        print(f"latents: {gb_per_hour(config, start.base_model, half_precision(config)):.2f} GB per hour of video")
+    frozen = 0 if config.cache_latents else count_base_parameters(start.base_model)
     parts, counts = estimate_memory(start.architecture, config, frozen)
     print("parameters: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items()))
     for name, size in parts.items():
