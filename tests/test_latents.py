@@ -28,17 +28,18 @@ from sonic.training import Encoders, with_model_defaults
 from sonic.validation import Validation
 
 CPU = torch.device("cpu")
+TICKS = 26
 STEPS = {"max_train_steps": 4, "save_steps": 4, "flip": 0.5}
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Three pieces of a second and a half: what is slow here is pictures."""
+    """Three pieces of a second: what is slow here is pictures."""
     folder = tmp_path_factory.mktemp("videos")
     for name in ("a", "b", "c"):
         with VideoReader(EXAMPLES / f"clips/puppet_000{'abc'.index(name)}.mp4") as reader:
-            frames = reader.read(range(38))
-        sound = load_audio(reader.path)[: 38 * 640]
+            frames = reader.read(range(TICKS))
+        sound = load_audio(reader.path)[: TICKS * 640]
         save_video(frames, folder / f"{name}.mp4", 25, sound)
     return folder
 
@@ -115,7 +116,7 @@ def test_windows_from_the_cache_are_those_that_are_encoded(clips, fresh, tiny, m
 
 def test_a_part_of_a_clip_reads_the_whole_clips_latents(clips, fresh, tiny):
     config, stored = cached(clips, fresh, tiny)
-    part = clips[0].part(5, 30).part(2, 20)
+    part = clips[0].part(5, 24).part(2, 18)
     assert clip_square(part) == clip_square(clips[0]) and part.whole is clips[0]
     read = stored.files.read
     assert torch.equal(read(part, "latents", 3, 9, False), read(clips[0], "latents", 10, 16, False))
@@ -233,7 +234,7 @@ def test_shares_are_disjoint_and_complete(clips, fresh, tiny, tmp_path, monkeypa
     monkeypatch.setattr(LatentFiles, "write", noted)
     both = Threads(monkeypatch).run(lambda share: cached(clips, fresh, tiny, share=share, flip=0.5)[1])
     names = [name for _, name in written]
-    assert len(names) == len(set(names)) == 18 and {index for index, _ in written} == {0, 1}
+    assert len(names) == len(set(names)) == 12 and {index for index, _ in written} == {0, 1}
     assert sorted(names) == [path.name for path in files_in(fresh)]
     assert both[0].clips == both[1].clips == clips and both[0].files == both[1].files
 
@@ -293,7 +294,7 @@ def test_two_processes_killed_while_caching(tiny, videos, fresh, tmp_path):
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in files_in(fresh)}
     assert 0 < len(kept) < 6, (tmp_path / "printed.txt").read_text()
-    assert all(load_file(path)["latents"].shape[0] == 38 for path in kept)
+    assert all(load_file(path)["latents"].shape[0] == TICKS for path in kept)
 
     printed = finish(torchrun(flags(tiny, videos, fresh, tmp_path / "two", **more), tmp_path), tmp_path)
     assert len(files_in(fresh)) == 6 and printed.count("GB are to be made") == 2
