@@ -29,17 +29,17 @@ from tqdm import tqdm
 from sonic.audio import load_extractor
 from sonic.checkpoints import (
     Checkpoint,
+    LazyWhisper,
     load_base,
-    load_whisper,
     training_checkpoints,
 )
 from sonic.config import TrainingConfig, UserError
-from sonic.dataset import SonicDataset
 from sonic.flags import Parser, config_from, run
+from sonic.latents import cache_latents, gb_per_hour
 from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
 from sonic.optimizers import make_optimizer
 from sonic.pipeline import Animator
-from sonic.prepare import PreparedData, find_videos, hold_out, prepare
+from sonic.prepare import PreparedData, Share, find_videos, hold_out, prepare
 from sonic.run_log import (
     TOO_MANY,
     Log,
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int | None:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir,
-        # While the main process prepares the data the others wait, for hours if it must be.
+        # A process that has prepared its share of the data waits for the others, for hours if it must be.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     ready_for_sharding(accelerator, config)
@@ -123,9 +123,15 @@ def main(arguments: list[str] | None = None) -> int | None:
         if tight := require_memory(estimator, config, accelerator.device):
             accelerator.print(tight)
     start_trackers(accelerator, config)
-    with accelerator.main_process_first():
-        data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
-    train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
+    share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
+    clips = prepare_data(config, start, extractor, accelerator.device, share).clips
+    half = half_precision(config)
+    if config.cache_latents:
+        encoders = cache_latents(clips, config, start.base_model, cache_dir(config), half, accelerator.device, share)
+        clips = encoders.clips
+    else:
+        encoders = Encoders(load_base(start.base_model, half, half).to(accelerator.device), accelerator.device)
+    train_clips, held_out = hold_out(clips, window=config.num_frames * config.frame_step + 1)
     made_of = provenance(config, train_clips)
     if resumed:
         changed = list(changes(config, resumed).values())
@@ -142,9 +148,6 @@ def main(arguments: list[str] | None = None) -> int | None:
         model.unet.enable_gradient_checkpointing()
     if config.compile:
         model.unet.compile()
-    half = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32  # SVD's VAE overflows in fp16
-    base = load_base(start.base_model, half, half).to(accelerator.device)
-    encoders = Encoders(base, accelerator.device)
 
     trainable = list(trained.parameters.values())
     optimizer = make_optimizer(config, trainable)
@@ -171,17 +174,9 @@ def main(arguments: list[str] | None = None) -> int | None:
     )
     log = Log(output_dir / "log.jsonl", state.step) if accelerator.is_main_process else None
 
-    dataset = SonicDataset(
-        train_clips,
-        num_frames=config.num_frames,
-        frame_step=config.frame_step,
-        resolution=config.resolution,
-        clip_size=base.image_encoder.config.image_size,
-        seed=config.seed,
-    )
     accumulated = config.gradient_accumulation_steps
     loader = DataLoader(
-        Numbered(dataset),
+        Numbered(encoders.dataset(train_clips, config)),
         batch_sampler=SampleNumbers(
             first=state.samples,
             batches=max(total_steps - state.step, 0) * accumulated,
@@ -224,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int | None:
             if video:
                 path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
                 path = path if accelerator.is_main_process else None
-                animator = Animator(plain, base, accelerator.device, autocast)
+                animator = Animator(plain, encoders.models(), accelerator.device, autocast)
                 validation.video(animator, path, accelerator.trackers, state.step)
         plain.train()
         report(values)
@@ -374,20 +369,35 @@ def make_output_dir(output_dir: Path) -> None:
         raise UserError(f"cannot write to output folder '{output_dir}': {error.strerror}") from None
 
 
-def prepare_data(config: TrainingConfig, start: Checkpoint, extractor, output_dir: Path, talk: bool) -> PreparedData:
+def cache_dir(config: TrainingConfig) -> Path:
+    """Where prepared data and cached latents lie."""
+    return Path(config.cache_dir or Path(config.output_dir) / "cache")
+
+
+def half_precision(config: TrainingConfig) -> torch.dtype:
+    """What the frozen encoders compute in: not in fp16, in which SVD's VAE overflows."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def prepare_data(
+    config: TrainingConfig, start: Checkpoint, extractor, device: torch.device, share: Share
+) -> PreparedData:
     """Tracks and audio features of every video, made or reused; prints what was left out and why."""
+    cache = cache_dir(config)
     data = prepare(
         config.data_root,
-        config.cache_dir or output_dir / "cache",
-        extractor or load_whisper(start.whisper_path),
+        cache,
+        extractor or LazyWhisper(start.whisper_path, cache / "whisper.json", device),
         num_frames=config.num_frames,
         frame_step=config.frame_step,
         num_workers=config.num_workers,
-        progress=talk,
+        progress=share.index == 0,
+        share=share,
     )
-    if talk:
+    if share.index == 0:
         print(data.table())
-        (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        path = Path(config.output_dir) / "config.json"
+        path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     return data
 
 
@@ -406,6 +416,8 @@ def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
     print(f"data: {len(videos)} video files in {config.data_root}")
     print("model:", {part: str(path) for part, path in start.tensors.items()})
     print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
+    if config.cache_latents:
+        print(f"latents: {gb_per_hour(config, start.base_model, half_precision(config)):.2f} GB per hour of video")
     on_gpu = torch.cuda.is_available() or config.device_memory_gb is not None
     estimator = Estimator(start, choose, on_gpu)
     print(estimator(config).table())

@@ -41,9 +41,10 @@ from sonic.denoiser import per_clip, scalings
 from sonic.flags import run
 from sonic.memory import PRECISIONS, used_memory
 from sonic.optimizers import make_optimizer
-from sonic.training import VAE_BATCH, Draw, EncodedClip, Encoders, total_loss
+from sonic.training import Draw, EncodedClip, Encoders, total_loss
 
 MATRIX = 4096  # rows and columns of the product that the device's rate is measured with
+VAE_BATCH = 8  # frames that the plain loop encodes at once
 MEL_FRAMES = 3000  # of 10 ms: what Whisper takes at once
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
@@ -34,6 +35,7 @@ from sonic.weights import (
     portable,
     read_json,
     read_tensors,
+    remembered,
     restore,
     tensors_of,
 )
@@ -69,6 +71,23 @@ class BaseModels:
         return encoder(clip_pixels.to(encoder.device, encoder.dtype)).image_embeds.float()
 
 
+@dataclass(frozen=True)
+class BaseSizes:
+    """What the configurations of a Stable Video Diffusion folder say of its latents and embeddings."""
+
+    latent_channels: int
+    scaling_factor: float
+    clip_size: int  # pixels of a side that CLIP reads
+    clip_width: int
+
+    @classmethod
+    def of(cls, folder: Path) -> BaseSizes:
+        """Nothing is loaded."""
+        with init_empty_weights():
+            vae, clip = (part.config for part in build_base(folder))
+        return cls(vae.latent_channels, vae.scaling_factor, clip.image_size, clip.projection_dim)
+
+
 def build_base(folder: Path) -> tuple[AutoencoderKLTemporalDecoder, CLIPVisionModelWithProjection]:
     """VAE and CLIP encoder of a Stable Video Diffusion folder with fresh weights."""
     vae_path, clip_path = folder / "vae/config.json", folder / "image_encoder/config.json"
@@ -102,12 +121,30 @@ def load_whisper(folder: Path) -> WhisperFeatures:
     config = read_json(folder / "config.json")
     with init_empty_weights(), described_by(folder / "config.json"):
         encoder = WhisperEncoder(WhisperConfig.from_dict(config))
-    # transformers' old name for .bin files is another stem
-    path = find_weights(folder, "pytorch_model" if (folder / "pytorch_model.bin").is_file() else "model")
+    path = find_weights(folder, _whisper_stem(folder))
     tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path).items()}
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     load_strict(encoder, tensors, path)
     return WhisperFeatures(encoder)
+
+
+def _whisper_stem(folder: Path) -> str:
+    """transformers' old name for .bin files is another stem."""
+    return "pytorch_model" if (folder / "pytorch_model.bin").is_file() else "model"
+
+
+class LazyWhisper:
+    """`load_whisper`'s extractor, which is loaded onto a device when the first speech comes. `memo` keeps its name, so that
+    nothing is loaded to find out that all features are there."""
+
+    def __init__(self, folder: Path, memo: Path, device: torch.device):
+        size = _WhisperSize.of(folder)
+        self.layers, self.width = size.layers, size.width
+        self._load = cache(lambda: load_whisper(folder).to(device))
+        self.name = remembered(memo, folder, _whisper_stem(folder), lambda _: self._load().name)
+
+    def __call__(self, speech: np.ndarray) -> Tensor:
+        return self._load()(speech)
 
 
 # ---------------------------------------------------------------------------------------------- our model

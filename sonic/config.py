@@ -292,6 +292,19 @@ class TrainingConfig(Checked):
         number(int, low=64),
     )
 
+    crop_per: str | None = flag(
+        None,
+        "window cuts each window with a square around the face's path in it, clip the whole clip with one around the "
+        "path through all of it (default: window; clip with --cache_latents)",
+        one_of("window", "clip"),
+    )
+    flip: float = flag(0.0, "share of samples that are mirrored left to right", SHARE)
+    cache_latents: bool = flag(
+        False,
+        "encode every picture once before training and store the result in the cache; training then loads neither VAE "
+        "nor CLIP nor Whisper and decodes no video",
+    )
+
     train_batch_size: int = flag(1, "clips per process and step", POSITIVE)
     noise_draws: int = flag(
         1, "noise levels drawn per clip and step; VAE and CLIP, which cost much of a step, run once for all", POSITIVE
@@ -367,6 +380,8 @@ class TrainingConfig(Checked):
         super().__post_init__()
         if self.resolution and self.resolution % 64:
             raise UserError(f"resolution must be a multiple of 64, not {self.resolution}")
+        if self.cache_latents and self.crop_per == "window":
+            raise UserError("latents can only be cached where a clip has one square: use --crop_per clip")
         if self.audio_drop_prob + self.image_drop_prob + self.both_drop_prob > 1:
             raise UserError(
                 "audio_drop_prob, image_drop_prob and both_drop_prob exclude each other and must add up to 1 at most"

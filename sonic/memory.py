@@ -30,7 +30,7 @@ from sonic.config import TrainingConfig, UserError
 from sonic.denoiser import Denoiser, Portrait, TrainingBatch
 from sonic.optimizers import AT_ONCE, is_matrix
 from sonic.sharding import PRECISIONS
-from sonic.training import VAE_BATCH, total_loss
+from sonic.training import total_loss
 
 MOMENT = 4  # bytes of one fp32 number that an optimizer remembers of a parameter
 SMALL_8BIT = 4096  # bitsandbytes keeps the state of smaller tensors in fp32
@@ -304,8 +304,7 @@ class Estimator:
             base = BaseModels(vae, clip, None)
             models = torch.nn.ModuleList([vae, clip])
             with self._following(models) as live:
-                latents = base.latents(torch.zeros(min(VAE_BATCH, clips * frames), 3, resolution, resolution))
-                base.latents(torch.zeros(clips, 3, resolution, resolution))
+                latents = base.latents(torch.zeros(1, 3, resolution, resolution))  # one by one, as `encode_frames` does
                 base.embeddings(torch.zeros(clips, 3, *[clip.config.image_size] * 2))
             encoding = live.peak
             with self._following(models) as live:
@@ -388,7 +387,7 @@ def surely_small(start: Checkpoint, config: TrainingConfig) -> int:
     pixels = config.train_batch_size * config.noise_draws * config.num_frames * side**2
     activations = 4 * KEPT_PER_LAYER * layers * max(unet["block_out_channels"]) * pixels
     files = sum(path.stat().st_size for path in start.tensors.values())  # of fp16 it may be, so twice that
-    return activations + 2 * 4 * files + 4 * KEPT_PER_PIXEL * VAE_BATCH * config.resolution**2
+    return activations + 2 * 4 * files + 4 * KEPT_PER_PIXEL * config.resolution**2
 
 
 def ways_to_save(config: TrainingConfig, on_gpu: bool) -> Iterator[tuple[str, dict]]:

@@ -37,7 +37,7 @@ PACKAGES = (
 PRACTICAL = {
     *("output_dir", "cache_dir", "data_root", "model_path", "base_model", "whisper_path", "num_workers", "report_to"),
     *("use_wandb", "resume_from_checkpoint", "dry_run", "save_steps", "logging_steps", "validation_steps"),
-    *("checkpoints_total_limit", "gradient_checkpointing", "compile"),
+    *("checkpoints_total_limit", "gradient_checkpointing", "compile", "cache_latents", "device_memory_gb"),
 }
 # What samples follow from, and what the optimizer's state is made of: a run that changes it is another run.
 FIXED = {"seed", "optimizer", "train_modules", "lora_rank", "use_8bit_adam"}

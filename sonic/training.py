@@ -30,6 +30,7 @@ from torch import Tensor
 from sonic.audio import short_windows
 from sonic.checkpoints import BaseModels, training_checkpoints
 from sonic.config import Settings, TrainingConfig, UserError
+from sonic.dataset import SonicDataset
 from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
 from sonic.run_log import PROVENANCE, RunState
@@ -39,7 +40,6 @@ from sonic.weights import remove_folder
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
 BUCKET_LOSS_WEIGHT = 0.05
-VAE_BATCH = 8  # frames that the frozen VAE encodes at once
 
 # What torch.save says of a full disk, depending on where it meets the end of it.
 TORCH_CANNOT_WRITE = ("failed writing", "unexpected pos", "iostream error")
@@ -143,27 +143,55 @@ class EncodedClip(ClipBatch):
 
 
 class Encoders:
-    """The frozen VAE and CLIP encoder, which must already be on the training device."""
+    """The frozen VAE and CLIP encoder, which must already be on the training device, and the samples that they read."""
 
     def __init__(self, base: BaseModels, device: torch.device):
         self.base, self.device = base, device
 
+    def models(self) -> BaseModels:
+        """What a validation video is decoded with."""
+        return self.base
+
+    def dataset(self, clips: Sequence[Clip], config: TrainingConfig) -> SonicDataset:
+        """The samples that a call takes, collated."""
+        return SonicDataset(clips, clip_size=self.base.image_encoder.config.image_size, **sample_settings(config))
+
     @torch.no_grad()
     def __call__(self, samples: dict) -> EncodedClip:
         """Collated samples of `SonicDataset` -> latents [B, F, C, H, W] (scaled) and conditions."""
-        # Contiguous, as workers deliver them: another memory layout would round differently.
-        frames = samples["frames"].contiguous()
-        latents = [self.base.latents(part) for part in rearrange(frames, "b f c h w -> (b f) c h w").split(VAE_BATCH)]
-        latents = rearrange(torch.cat(latents), "(b f) c h w -> b f c h w", b=len(frames))
-        reference, clip = self.base.latents(samples["reference"]), self.base.embeddings(samples["clip_pixels"])
-        return EncodedClip(
-            latents=latents * self.base.vae.config.scaling_factor,
-            portrait=Portrait(reference, clip, samples["mask"].to(self.device)),
-            short_windows=samples["audio_windows"].to(self.device),
-            long_windows=samples["bucket_windows"].to(self.device),
-            buckets=samples["buckets"].to(self.device).float(),
-            fps=samples["fps"].to(self.device).float(),
+        frames = rearrange(samples["frames"], "b f c h w -> (b f) c h w")
+        latents = rearrange(encode_frames(self.base, frames), "(b f) c h w -> b f c h w", b=len(samples["frames"]))
+        latents, reference = (
+            latents * self.base.vae.config.scaling_factor,
+            encode_frames(self.base, samples["reference"]),
         )
+        return encoded_clip(samples, latents, reference, self.base.embeddings(samples["clip_pixels"]), self.device)
+
+
+def encode_frames(base: BaseModels, frames: Tensor) -> Tensor:
+    """Pixels [n, 3, R, R] -> latents, not scaled, float32 [n, C, H, W], one by one: a frame's are then the same to the bit
+    whatever it is encoded with. Of several at once the kernels round otherwise, and on a CPU they take longer."""
+    # Contiguous, as workers deliver them: another memory layout would round differently too.
+    return torch.cat([base.latents(frame) for frame in frames.contiguous().split(1)])
+
+
+def encoded_clip(samples: dict, latents: Tensor, reference: Tensor, clip: Tensor, device: torch.device) -> EncodedClip:
+    """Collated samples and what the encoders made of their pictures: scaled latents [B, F, C, H, W], latents of the
+    reference [B, C, H, W], not scaled, and CLIP embeddings [B, E]."""
+    return EncodedClip(
+        latents=latents,
+        portrait=Portrait(reference, clip, samples["mask"].to(device)),
+        short_windows=samples["audio_windows"].to(device),
+        long_windows=samples["bucket_windows"].to(device),
+        buckets=samples["buckets"].to(device).float(),
+        fps=samples["fps"].to(device).float(),
+    )
+
+
+def sample_settings(config: TrainingConfig) -> dict:
+    """What a run's flags say of its samples, as `SonicDataset` takes it."""
+    names = ("num_frames", "frame_step", "resolution", "crop_per", "flip", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 def face_share(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -260,6 +288,7 @@ def optimizer_steps(config: TrainingConfig, clips: int, world: int) -> tuple[int
 
 
 def with_model_defaults(config: TrainingConfig, settings: Settings) -> TrainingConfig:
-    """Window length, frame step and resolution that no flag gave are the model's own."""
+    """Window length, frame step and resolution that no flag gave are the model's own; latents in a cache need clip squares."""
     own = {name: getattr(settings, name) for name in ("num_frames", "frame_step", "resolution")}
+    own["crop_per"] = "clip" if config.cache_latents else "window"
     return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -99,6 +100,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"'{path}' holds something else than a state dict")
     return tensors
+
+
+def content_hash(path: Path) -> str:
+    """The sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remembered(memo: Path, folder: Path, stem: str, name: Callable[[Path], str]) -> str:
+    """What `name` calls a part's weights by their content, which takes a while: the JSON file `memo` keeps it.
+
+    It is asked anew when the weights' size or time has changed. Weights that are gone keep their name, so that a run whose
+    caches are full does without them; UserError if they never had one.
+    """
+    try:
+        known = json.loads(memo.read_text())
+    except (OSError, ValueError):  # none yet, or cut by a kill: it is made again
+        known = {}
+    entry = known.get(str(folder), {})
+    try:
+        path = find_weights(folder, stem)
+    except UserError:
+        if "name" in entry:
+            return entry["name"]
+        raise
+    status = path.stat()
+    stamp = [path.name, status.st_size, status.st_mtime_ns]
+    if entry.get("stamp") != stamp:
+        known[str(folder)] = entry = {"name": name(path), "stamp": stamp}
+        partial = memo.with_name(f".{memo.name}.{os.getpid()}.partial")
+        try:
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(known, indent=1) + "\n")
+            partial.replace(memo)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"'{memo}' cannot be written ({error.strerror}): give another --cache_dir") from error
+    return entry["name"]
 
 
 def load_strict(
