@@ -35,20 +35,19 @@ from sonic.checkpoints import (
 )
 from sonic.config import TrainingConfig, UserError
 from sonic.flags import Parser, config_from, run
-from sonic.latents import cache_latents, gb_per_hour
+from sonic.latents import CachedLatents, cache_latents, gb_per_hour
 from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
 from sonic.optimizers import make_optimizer
 from sonic.pipeline import Animator
-from sonic.prepare import PreparedData, Share, find_videos, hold_out, prepare
+from sonic.prepare import Clip, PreparedData, Share, find_videos, hold_out, prepare
 from sonic.run_log import (
     TOO_MANY,
     Log,
     RunState,
     by_noise_level,
-    changes,
     check_resumable,
+    differences,
     provenance,
-    same_data,
     start_trackers,
     write_report,
 )
@@ -108,21 +107,7 @@ def main(arguments: list[str] | None = None) -> int | None:
         raise UserError("--mixed_precision fp16 needs a CUDA GPU: use --mixed_precision bf16, or no, on this machine")
 
     make_output_dir(output_dir)
-    accelerator = Accelerator(
-        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",  # for the scaler; see `autocast_for`
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=output_dir,
-        # A process that has prepared its share of the data waits for the others, for hours if it must be.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
-    ready_for_sharding(accelerator, config)
-    # What shards a model, FSDP and DeepSpeed, needs less than an estimate for one process says.
-    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        estimator = Estimator(start, choose, on_gpu=accelerator.device.type == "cuda")
-        if tight := require_memory(estimator, config, accelerator.device):
-            accelerator.print(tight)
-    start_trackers(accelerator, config)
+    accelerator = start_accelerator(config, start)
     share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
     clips = prepare_data(config, start, extractor, accelerator.device, share).clips
     half = half_precision(config)
@@ -131,109 +116,201 @@ def main(arguments: list[str] | None = None) -> int | None:
         clips = encoders.clips
     else:
         encoders = Encoders(load_base(start.base_model, half, half).to(accelerator.device), accelerator.device)
-    train_clips, held_out = hold_out(clips, window=config.num_frames * config.frame_step + 1)
-    made_of = provenance(config, train_clips)
-    if resumed:
-        changed = list(changes(config, resumed).values())
-        if not same_data(made_of["data"], resumed):
-            changed.append("other data: the samples that follow are not those that would have followed")
-        accelerator.print("".join(f"resuming with a difference: {change}\n" for change in changed), end="")
+    return Run(config, accelerator, start, encoders, clips, resumed).train()
 
-    torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
-    model = start.load().train()
-    if config.init_audio2token and not resumed:
-        model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
-    trained = Trained(model, config, start, resumed, accelerator.device)
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if config.compile:
-        model.unet.compile()
 
-    trainable = list(trained.parameters.values())
-    optimizer = make_optimizer(config, trainable)
-    per_epoch, total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
-    # "constant" as diffusers knows it ignores the warmup that was asked for.
-    schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-    lr_scheduler = get_scheduler(
-        schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    callable_parts(model)
-    autocast = autocast_for(config, accelerator.device)
+class Run:
+    """One training run: what it is made of, in the order in which that is made, and the loop."""
 
-    state = RunState()
-    accelerator.register_for_checkpointing(lr_scheduler, state)
-    keep_model_out_of_state(accelerator)
-    if resumed:
-        resume_state(accelerator, resumed)
-        accelerator.print(f"resumed at step {state.step} from {resumed}")
-    accelerator.print(
-        f"{len(train_clips)} training clips, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
-        f"{sum(parameter.numel() for parameter in trainable) / 1e6:.1f} M parameters on {accelerator.device}; "
-        f"{total_steps} steps, {per_epoch} per epoch"
-    )
-    log = Log(output_dir / "log.jsonl", state.step) if accelerator.is_main_process else None
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        start: Checkpoint,
+        encoders: Encoders | CachedLatents,
+        clips: list[Clip],
+        resumed: Path | None,
+    ):
+        self.config, self.accelerator, self.encoders = config, accelerator, encoders
+        self.output_dir = Path(config.output_dir)
+        train_clips, held_out = hold_out(clips, window=config.num_frames * config.frame_step + 1)
+        self.made_of = provenance(config, train_clips)
 
-    accumulated = config.gradient_accumulation_steps
-    loader = DataLoader(
-        Numbered(encoders.dataset(train_clips, config)),
-        batch_sampler=SampleNumbers(
-            first=state.samples,
-            batches=max(total_steps - state.step, 0) * accumulated,
-            batch_size=config.train_batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-        ),
-        num_workers=config.num_workers,
-        multiprocessing_context="spawn" if config.num_workers else None,
-        worker_init_fn=ignore_signals,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    validation = (
-        Validation(held_out, config, start.settings, encoders) if config.validation_steps and held_out else None
-    )
-    if validation is None and config.validation_steps:
-        accelerator.print("no clip is long enough to be held out: this run does not validate")
+        torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
+        model = start.load().train()
+        if config.init_audio2token and not resumed:
+            model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
+        self.trained = Trained(model, config, start, resumed, accelerator.device)
+        if config.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        if config.compile:
+            model.unet.compile()
+        trainable = list(self.trained.parameters.values())
+        count = sum(parameter.numel() for parameter in trainable)
 
-    def report(values: dict) -> None:
+        optimizer = make_optimizer(config, trainable)
+        per_epoch, self.total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
+        # "constant" as diffusers knows it ignores the warmup that was asked for.
+        schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        self.lr_scheduler = get_scheduler(
+            schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.total_steps
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        callable_parts(self.model)
+        self.autocast = autocast_for(config, accelerator.device)
+
+        self.state = RunState()
+        accelerator.register_for_checkpointing(self.lr_scheduler, self.state)
+        keep_model_out_of_state(accelerator)
+        if resumed:
+            resume_state(accelerator, resumed)
+            accelerator.print(f"resumed at step {self.state.step} from {resumed}")
+            for difference in differences(config, self.made_of, resumed):
+                accelerator.print(f"resuming with a difference: {difference}")
+        self.log = Log(self.output_dir / "log.jsonl", self.state.step) if accelerator.is_main_process else None
+        accelerator.print(
+            f"{len(train_clips)} training clips, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
+            f"{count / 1e6:.1f} M parameters on {accelerator.device}; {self.total_steps} steps, {per_epoch} per epoch"
+        )
+
+        self.loader = DataLoader(
+            Numbered(encoders.dataset(train_clips, config)),
+            batch_sampler=SampleNumbers(
+                first=self.state.samples,
+                batches=max(self.total_steps - self.state.step, 0) * config.gradient_accumulation_steps,
+                batch_size=config.train_batch_size,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+            ),
+            num_workers=config.num_workers,
+            multiprocessing_context="spawn" if config.num_workers else None,
+            worker_init_fn=ignore_signals,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.bad, self.suspects = False, []  # whether the step under way has met what is no number, and where
+        self.validation = None
+        if config.validation_steps and held_out:
+            self.validation = Validation(held_out, config, start.settings, encoders)
+        elif config.validation_steps:
+            accelerator.print("no clip is long enough to be held out: this run does not validate")
+
+    def train(self) -> int | None:
+        """The loop, and what is said at its end. Gives the exit code: None, or that of a signal."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        if self.validation and state.step == 0:
+            self.validate(video=False)  # where it starts from; without it the first fall would not be seen
+        bar = tqdm(
+            total=self.total_steps,
+            initial=state.step,
+            unit="step",
+            disable=None if accelerator.is_main_process else True,
+        )
+        stopped = save_due = False
+        with StopSignals() as signals:
+            clock = time.perf_counter()
+            for samples in readable(self.loader):
+                waited = time.perf_counter() - clock
+                ended = self.learn(samples)
+                state.time(wait=waited, whole=time.perf_counter() - clock)
+                clock = time.perf_counter()
+                if not ended:  # more batches belong to this step
+                    continue
+                bar.update()
+                last = state.step == self.total_steps
+                if state.skipped_in_a_row == TOO_MANY:
+                    break
+                if state.step % config.logging_steps == 0 or last:
+                    values = self.log_line()
+                    self.report(values)
+                    bar.set_postfix(loss=values.get("loss"), lr=values["learning_rate"])
+                if self.validation and (state.step % config.validation_steps == 0 or last):
+                    self.validate(video=True)
+                stopped = any_says(accelerator, signals.received is not None)
+                save_due |= state.step % config.save_steps == 0 or last or stopped
+                if save_due and not state.skipped_in_a_row:  # what is behind a skipped step may be spoilt
+                    self.save()
+                    save_due = False
+                if stopped:
+                    break
+                clock = time.perf_counter()
+        bar.close()
+        accelerator.end_training()
+        saved = training_checkpoints(self.output_dir)
+        if state.skipped_in_a_row:
+            last_good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint has been saved"
+            raise UserError(
+                f"the last {state.skipped_in_a_row} steps had losses or gradients that are no number and were skipped "
+                f"({self.blamed}): {last_good}; lower --learning_rate, or look at these clips"
+            )
+        if stopped and state.step < self.total_steps:
+            accelerator.print(f"{signals.received.name}: saved {saved[-1]}; go on with --resume_from_checkpoint latest")
+            return 128 + signals.received
         if accelerator.is_main_process:
-            log.write(state.step, values)
-            accelerator.log({name: value for name, value in values.items() if value is not None}, step=state.step)
+            print(f"done: {write_report(self.output_dir, state, saved[-1])}")
+        return None
 
-    def save() -> None:
-        target = output_dir / f"checkpoint-{state.step}"
-        with (
-            saved_or_said(target),
-            atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder,
-        ):
-            save_training_checkpoint(folder, accelerator, trained, state, made_of)
-        if accelerator.is_main_process:
-            keep_checkpoints(output_dir, config.checkpoints_total_limit)
+    def learn(self, samples: dict) -> bool:
+        """One batch: encode with the frozen models, draw noise by sample number, one loss, and, with the last batch of a
+        step, one update. Gives whether it was the last."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        with accelerator.accumulate(self.model):
+            clip = self.encoders(samples).repeated(config.noise_draws)
+            now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, self.total_steps))
+            noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
+            with self.autocast():
+                losses = self.model(clip.with_noise(noise))
+            lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
+            loss = total_loss(losses, loss_weight(config, lips, clip.portrait.mask))
+            if self.is_number(loss.item(), samples):
+                accelerator.backward(loss)
+                state.add(
+                    loss=losses.velocity.item(),
+                    lip_loss=lip_loss(losses, lips),
+                    bucket_loss=losses.bucket.item(),
+                    token_spread=losses.token_spread.item(),
+                    **by_noise_level(losses.velocity_map, noise.sigma),
+                )
+            if accelerator.sync_gradients:
+                self.norm = gradient_norm(accelerator, self.model, config.max_grad_norm)
+                self.is_number(self.norm, samples)
+                if not self.bad or accelerator.scaler:  # which leaves out a bad step by itself, and learns from it
+                    self.optimizer.step()
+            self.optimizer.zero_grad()
+        state.samples += config.train_batch_size * accelerator.num_processes
+        if accelerator.sync_gradients:
+            self.end_step()
+        return accelerator.sync_gradients
 
-    def validate(video: bool) -> None:
-        plain = accelerator.unwrap_model(model)
-        plain.eval()
-        with trained.averaged():
-            with autocast():
-                values = validation.measure(plain)
-            if video:
-                path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
-                path = path if accelerator.is_main_process else None
-                animator = Animator(plain, encoders.models(), accelerator.device, autocast)
-                validation.video(animator, path, accelerator.trackers, state.step)
-        plain.train()
-        report(values)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        accelerator.print(f"step {state.step}: {shown}")
+    def is_number(self, value: float, samples: dict) -> bool:
+        """Whether a loss or a gradient's norm is a number in every process. If not, the step is bad, for one of these samples."""
+        own = math.isfinite(value)
+        self.suspects += [] if own else samples["name"]
+        bad = any_says(self.accelerator, not own)
+        self.bad |= bad
+        return not bad
 
-    def log_line() -> dict:
+    def end_step(self) -> None:
+        """Counts a step, also one that was skipped."""
+        self.lr_scheduler.step()
+        self.state.step += 1
+        self.state.count_skipped(self.bad)
+        if not self.bad:
+            self.trained.update(self.state.step)
+            return
+        self.blamed = ", ".join(dict.fromkeys(gather_object(self.suspects)))
+        self.accelerator.print(f"step {self.state.step} skipped: its loss or gradient is no number ({self.blamed})")
+        self.bad, self.suspects = False, []
+
+    def log_line(self) -> dict:
+        """What has been measured since the last one."""
+        accelerator, state = self.accelerator, self.state
         seconds, wait = state.timing()
         state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
         values = state.means() | {
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "learning_rate": lr_scheduler.get_last_lr()[0],
+            "grad_norm": self.norm if math.isfinite(self.norm) else None,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
             "skipped_steps": state.skipped,
-            "clips_per_second": config.train_batch_size * accelerator.num_processes / seconds,
+            "clips_per_second": self.config.train_batch_size * accelerator.num_processes / seconds,
             "data_wait": wait,
             "memory_gb": used_memory(accelerator.device),
         }
@@ -241,94 +318,44 @@ def main(arguments: list[str] | None = None) -> int | None:
             values["loss_scale"] = accelerator.scaler.get_scale()
         return values
 
-    if validation and state.step == 0:
-        validate(video=False)  # where it starts from; without it the first fall would not be seen
+    def report(self, values: dict) -> None:
+        """To the log and the tracker."""
+        if self.accelerator.is_main_process:
+            self.log.write(self.state.step, values)
+            known = {name: value for name, value in values.items() if value is not None}
+            self.accelerator.log(known, step=self.state.step)
 
-    # The loop. A step is: encode with the frozen models, draw noise by sample number, one loss, one update.
-    bar = tqdm(
-        total=total_steps, initial=state.step, unit="step", disable=None if accelerator.is_main_process else True
-    )
-    bad, suspects, save_due, stop, last = False, [], False, False, False
-    with StopSignals() as signals:
-        clock = time.perf_counter()
-        for samples in readable(loader):
-            waited = time.perf_counter() - clock
-            with accelerator.accumulate(model):
-                clip = encoders(samples).repeated(config.noise_draws)
-                now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, total_steps))
-                noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
-                with autocast():
-                    losses = model(clip.with_noise(noise))
-                lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
-                loss = total_loss(losses, loss_weight(config, lips, clip.portrait.mask))
-                no_number = not math.isfinite(loss.item())
-                suspects += samples["name"] if no_number else []
-                if any_says(accelerator, no_number):
-                    bad = True
-                else:
-                    accelerator.backward(loss)
-                    state.add(
-                        loss=losses.velocity.item(),
-                        lip_loss=lip_loss(losses, lips),
-                        bucket_loss=losses.bucket.item(),
-                        token_spread=losses.token_spread.item(),
-                        **by_noise_level(losses.velocity_map, noise.sigma),
-                    )
-                if accelerator.sync_gradients:
-                    norm = gradient_norm(accelerator, model, config.max_grad_norm)
-                    if not math.isfinite(norm):
-                        bad, suspects = True, suspects or samples["name"]
-                    if not bad or accelerator.scaler:  # the scaler skips by itself, and learns from it
-                        optimizer.step()
-                optimizer.zero_grad()
-            state.time(wait=waited, whole=time.perf_counter() - clock)
-            state.samples += config.train_batch_size * accelerator.num_processes
-            clock = time.perf_counter()
-            if not accelerator.sync_gradients:
-                continue
+    def validate(self, video: bool) -> None:
+        """Measures the held-out clips, with the averaged weights if there are any, and animates one."""
+        accelerator, step = self.accelerator, self.state.step
+        plain = accelerator.unwrap_model(self.model)
+        plain.eval()
+        with self.trained.averaged():
+            with self.autocast():
+                values = self.validation.measure(plain)
+            if video:
+                path = self.output_dir / "validation" / f"step-{step:06d}.mp4" if accelerator.is_main_process else None
+                animator = Animator(plain, self.encoders.models(), accelerator.device, self.autocast)
+                self.validation.video(animator, path, accelerator.trackers, step)
+        plain.train()
+        self.report(values)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        accelerator.print(f"step {step}: {shown}")
 
-            lr_scheduler.step()
-            state.step += 1
-            bar.update()
-            state.count_skipped(bad)
-            if bad:
-                blamed = ", ".join(dict.fromkeys(gather_object(suspects)))
-                accelerator.print(f"step {state.step} skipped: its loss or gradient is no number ({blamed})")
-                bad, suspects = False, []
-                if state.skipped_in_a_row == TOO_MANY:
-                    break
-            else:
-                trained.update(state.step)
-            last = state.step == total_steps
-            if state.step % config.logging_steps == 0 or last:
-                values = log_line()
-                report(values)
-                bar.set_postfix(loss=values.get("loss"), lr=values["learning_rate"])
-            if validation and (state.step % config.validation_steps == 0 or last):
-                validate(video=True)
-            stop = any_says(accelerator, signals.received is not None)
-            save_due |= state.step % config.save_steps == 0 or last or stop
-            if save_due and not state.skipped_in_a_row:  # what is behind a skipped step may be spoilt
-                save()
-                save_due = False
-            if stop:
-                break
-            clock = time.perf_counter()
-    bar.close()
-    accelerator.end_training()
-    saved = training_checkpoints(output_dir)
-    if state.skipped_in_a_row:
-        last_good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint has been saved"
-        raise UserError(
-            f"the last {state.skipped_in_a_row} steps had losses or gradients that are no number and were skipped "
-            f"({blamed}): {last_good}; lower --learning_rate, or look at these clips"
-        )
-    if stop and not last:  # of the steps; one that came with the last of them has stopped nothing
-        accelerator.print(f"{signals.received.name}: saved {saved[-1]}; go on with --resume_from_checkpoint latest")
-        return 128 + signals.received
-    if accelerator.is_main_process:
-        print(f"done: {write_report(output_dir, state, saved[-1])}")
-    return None
+    def save(self) -> None:
+        """A checkpoint, whole or not at all."""
+        accelerator = self.accelerator
+        target = self.output_dir / f"checkpoint-{self.state.step}"
+        with (
+            saved_or_said(target),
+            atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder,
+        ):
+            save_training_checkpoint(folder, accelerator, self.trained, self.state, self.made_of)
+        if accelerator.is_main_process:
+            keep_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+
+
+# ---------------------------------------------------------------------------------------------- before the run
 
 
 def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | None:
@@ -377,6 +404,26 @@ def cache_dir(config: TrainingConfig) -> Path:
 def half_precision(config: TrainingConfig) -> torch.dtype:
     """What the frozen encoders compute in: not in fp16, in which SVD's VAE overflows."""
     return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
+    """The processes and what they report to. Raises UserError for a run that cannot fit into the memory, or be sharded."""
+    accelerator = Accelerator(
+        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",  # for the scaler; see `autocast_for`
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        # A process that has prepared its share of the data waits for the others, for hours if it must be.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    ready_for_sharding(accelerator, config)
+    # What shards a model, FSDP and DeepSpeed, needs less than an estimate for one process says.
+    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        estimator = Estimator(start, choose, on_gpu=accelerator.device.type == "cuda")
+        if tight := require_memory(estimator, config, accelerator.device):
+            accelerator.print(tight)
+    start_trackers(accelerator, config)
+    return accelerator
 
 
 def prepare_data(

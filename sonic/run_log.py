@@ -227,9 +227,12 @@ def check_resumable(config: TrainingConfig, folder: Path) -> None:
         )
 
 
-def same_data(data: str, folder: Path) -> bool:
-    """Whether the run that left `folder` drew its samples from these clips."""
-    return read_json(folder / PROVENANCE)["data"] == data
+def differences(config: TrainingConfig, made_of: dict, folder: Path) -> list[str]:
+    """What a resumed run does otherwise than the one that left `folder`, a sentence each; `made_of` is its `provenance`."""
+    lines = list(changes(config, folder).values())
+    if read_json(folder / PROVENANCE)["data"] != made_of["data"]:
+        lines.append("other data: the samples that follow are not those that would have followed")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------ report

@@ -18,7 +18,7 @@ from test_training import flags, fresh_accelerate, losses, same, weights  # noqa
 import sonic_training
 from sonic.checkpoints import training_checkpoints
 from sonic.config import TrainingConfig, UserError
-from sonic.run_log import FIXED, PRACTICAL, RunState, by_noise_level, changes, fingerprint, read_log, same_data
+from sonic.run_log import FIXED, PRACTICAL, RunState, by_noise_level, differences, fingerprint, read_log
 from sonic.stopping import StopSignals
 from sonic.training import keep_checkpoints
 
@@ -229,8 +229,9 @@ def test_resuming_with_other_data_says_so(unbroken, tiny, clips, cache, tmp_path
 def test_the_same_flags_are_no_change(unbroken):
     known = json.loads((unbroken / "checkpoint-2/run.json").read_text())
     config = TrainingConfig(**known["config"])
-    assert changes(config, unbroken / "checkpoint-2") == {}
-    assert same_data(known["data"], unbroken / "checkpoint-2") and not same_data("0123", unbroken / "checkpoint-2")
+    assert differences(config, known, unbroken / "checkpoint-2") == []
+    (said,) = differences(config, {"data": "0123"}, unbroken / "checkpoint-2")
+    assert said.startswith("other data")
 
 
 def test_every_flag_that_resuming_treats_apart_exists():
