@@ -401,7 +401,7 @@ def ways_to_save(config: TrainingConfig, on_gpu: bool) -> Iterator[tuple[str, di
     if on_gpu and config.optimizer == "adamw" and not config.use_8bit_adam:
         yield "--use_8bit_adam", {"use_8bit_adam": True}
     if not config.cache_latents:
-        yield "--cache_latents", {"cache_latents": True}
+        yield "--cache_latents", {"cache_latents": True, "crop_per": "clip"}
     if config.train_batch_size > 1:
         batches = config.train_batch_size * config.gradient_accumulation_steps
         changes = {"train_batch_size": 1, "gradient_accumulation_steps": batches}

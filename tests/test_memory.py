@@ -175,8 +175,9 @@ def test_each_flag_changes_its_part_and_nothing_else(config, on_gpu):
     assert differs(use_8bit_adam=True) == {"optimizer"}
     assert differs(ema_decay=0.99) == {"moving average"}
     assert differs(ema_decay=0.99, ema_device="cpu") == set()
-    assert "encoders" in differs(cache_latents=True)
-    assert "encoders" not in differs(cache_latents=True, validation_steps=5) - {"working space", "activations"}
+    cached = {"cache_latents": True, "crop_per": "clip"}
+    assert "encoders" in differs(**cached)
+    assert "encoders" not in differs(**cached, validation_steps=5) - {"working space", "activations"}
     large = torch.empty(8192, device="meta")
     assert memory.optimizer_bytes(dataclasses.replace(config, use_8bit_adam=True), [large]) == 2 * 8192
 
@@ -229,7 +230,8 @@ def test_the_most_harmless_flags_that_fit_are_found_by_trying(config, room, flag
 
 
 def test_what_is_in_use_or_would_not_help_is_not_advised(config):
-    used = {"gradient_checkpointing": True, "mixed_precision": "bf16", "cache_latents": True, "train_modules": "audio"}
+    used = {"gradient_checkpointing": True, "mixed_precision": "bf16", "cache_latents": True, "crop_per": "clip"}
+    used |= {"train_modules": "audio"}
     assert [text for text, _ in ways_to_save(dataclasses.replace(config, **used), on_gpu=False)] == []
     many = dataclasses.replace(config, **used, train_batch_size=3, gradient_accumulation_steps=2)
     assert [text for text, _ in ways_to_save(many, False)] == ["--train_batch_size 1 --gradient_accumulation_steps 6"]
