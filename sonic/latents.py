@@ -43,9 +43,8 @@ from sonic.prepare import Clip, Share
 from sonic.training import EncodedClip, encode_frames, encoded_clip, sample_settings
 from sonic.weights import content_hash, remembered
 
-VERSION = (
-    1  # of what is encoded; raise it when pictures or embeddings come out otherwise, and cached ones are made anew
-)
+# Of what is encoded: raise it when pictures or embeddings come out otherwise, and cached ones are made anew.
+VERSION = 1
 PART_TICKS = 60 * TICK_RATE  # of a clip in one file
 PIECE = 16  # pictures that travel from a worker to the encoders at once
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # as safetensors calls them

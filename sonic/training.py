@@ -161,11 +161,9 @@ class Encoders:
         """Collated samples of `SonicDataset` -> latents [B, F, C, H, W] (scaled) and conditions."""
         frames = rearrange(samples["frames"], "b f c h w -> (b f) c h w")
         latents = rearrange(encode_frames(self.base, frames), "(b f) c h w -> b f c h w", b=len(samples["frames"]))
-        latents, reference = (
-            latents * self.base.vae.config.scaling_factor,
-            encode_frames(self.base, samples["reference"]),
-        )
-        return encoded_clip(samples, latents, reference, self.base.embeddings(samples["clip_pixels"]), self.device)
+        latents = latents * self.base.vae.config.scaling_factor
+        reference, clip = encode_frames(self.base, samples["reference"]), self.base.embeddings(samples["clip_pixels"])
+        return encoded_clip(samples, latents, reference, clip, self.device)
 
 
 def encode_frames(base: BaseModels, frames: Tensor) -> Tensor:
