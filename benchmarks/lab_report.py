@@ -389,7 +389,7 @@ def init_table(trials: Results) -> list[str]:
     lines = [
         "## A fitted start of audio2token",
         "",
-        "Runs from nothing with AdamW that differ in `--init_audio2token` and in the positions of the (random) Whisper:",
+        "Runs from nothing that differ in `--init_audio2token` and in the positions of the (random) Whisper:",
         "zero, as sonic-mini's, or sinusoidal, as every released Whisper's (`benchmarks/trials.py`). The gap is how much the",
         f"validation loss grows when the audio is exchanged; open: at sigma 3 it stays above {GAP_OPEN}.",
         "",
