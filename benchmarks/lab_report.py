@@ -350,14 +350,17 @@ def ablation_table(results: Results) -> list[str]:
     lines = [
         "## What each part is worth",
         "",
-        "Switched off while sampling, on the same clips and seeds; the model was trained with all of them.",
+        f"Switched off while sampling, on the same {len(results[names[0]])} clips and seeds; the model was trained with all of",
+        "them.",
         "",
         "| | opening r | width r | head motion | expression | identity | largest seam |",
         "|---|---|---|---|---|---|---|",
     ]
+    clips = {row["clip"] for row in results[names[0]]}
     for name in ("main", *sorted(names)):
+        rows = [row for row in results[name] if row["clip"] in clips]
         cells = [
-            spread(values(results[name], key), digits)
+            spread(values(rows, key), digits)
             for key, digits in (
                 ("opening_r", 3),
                 ("width_r", 3),
