@@ -159,7 +159,7 @@ def without_temporal_audio():
 
     def deaf(self) -> unet.Context:
         context = stock(self)
-        return unet.Context(context.image, context.audio, torch.zeros(1, 1, 1))
+        return unet.Context(context.image, context.audio, context.audio.new_zeros(1, 1, 1))
 
     unet.Conditions.temporal = deaf
     try:

@@ -350,14 +350,17 @@ def ablation_table(results: Results) -> list[str]:
     lines = [
         "## What each part is worth",
         "",
-        "Switched off while sampling, on the same clips and seeds; the model was trained with all of them.",
+        f"Switched off while sampling, on the same {len(results[names[0]])} clips and seeds; the model was trained with all of",
+        "them.",
         "",
         "| | opening r | width r | head motion | expression | identity | largest seam |",
         "|---|---|---|---|---|---|---|",
     ]
+    clips = {row["clip"] for row in results[names[0]]}
     for name in ("main", *sorted(names)):
+        rows = [row for row in results[name] if row["clip"] in clips]
         cells = [
-            spread(values(results[name], key), digits)
+            spread(values(rows, key), digits)
             for key, digits in (
                 ("opening_r", 3),
                 ("width_r", 3),
@@ -389,7 +392,7 @@ def init_table(trials: Results) -> list[str]:
     lines = [
         "## A fitted start of audio2token",
         "",
-        "Runs from nothing with AdamW that differ in `--init_audio2token` and in the positions of the (random) Whisper:",
+        "Runs from nothing that differ in `--init_audio2token` and in the positions of the (random) Whisper:",
         "zero, as sonic-mini's, or sinusoidal, as every released Whisper's (`benchmarks/trials.py`). The gap is how much the",
         f"validation loss grows when the audio is exchanged; open: at sigma 3 it stays above {GAP_OPEN}.",
         "",

@@ -180,3 +180,11 @@ def test_runs_are_followed_through_their_checkpoints():
     assert list(curves) == ["seed-1"]  # nothing of the other was animated
     assert curves["seed-1"]["steps"].tolist() == [500, 1000] and curves["seed-1"]["r"].tolist() == [0.7, 0.9]
     assert curves["seed-1"]["audio_gap_sigma_3"].tolist() == [0, 0.01, 0.02]
+
+
+def test_parts_are_switched_off_on_the_same_clips():
+    found = {"main": [*rows(2, opening_r=0.9), row(7, opening_r=0.1)], "without ears": rows(2, opening_r=0.5)}
+    *_, everything, without, _ = lab_report.ablation_table(found)
+    assert everything.startswith("| everything on | 0.900 (0.900 … 0.900) |")
+    assert without.startswith("| without ears | 0.500 (0.500 … 0.500) |")
+    assert lab_report.ablation_table({"main": rows()}) == []
