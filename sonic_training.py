@@ -47,6 +47,7 @@ from sonic.run_log import (
     by_noise_level,
     check_resumable,
     differences,
+    only_run_in,
     provenance,
     start_trackers,
     write_report,
@@ -108,15 +109,18 @@ def main(arguments: list[str] | None = None) -> int | None:
 
     make_output_dir(output_dir)
     accelerator = start_accelerator(config, start)
-    share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
-    clips = prepare_data(config, start, extractor, accelerator.device, share).clips
-    half = half_precision(config)
-    if config.cache_latents:
-        encoders = cache_latents(clips, config, start.base_model, cache_dir(config), half, accelerator.device, share)
-        clips = encoders.clips
-    else:
-        encoders = Encoders(load_base(start.base_model, half, half).to(accelerator.device), accelerator.device)
-    return Run(config, accelerator, start, encoders, clips, resumed).train()
+    with only_run_in(output_dir, accelerator.is_main_process):
+        share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
+        clips = prepare_data(config, start, extractor, accelerator.device, share).clips
+        half = half_precision(config)
+        if config.cache_latents:
+            encoders = cache_latents(
+                clips, config, start.base_model, cache_dir(config), half, accelerator.device, share
+            )
+            clips = encoders.clips
+        else:
+            encoders = Encoders(load_base(start.base_model, half, half).to(accelerator.device), accelerator.device)
+        return Run(config, accelerator, start, encoders, clips, resumed).train()
 
 
 class Run:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -163,6 +166,25 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
         raise UserError(
             f"wandb refuses to start ({error}): call `wandb login`, or set WANDB_MODE=offline, or use --report_to none"
         ) from None
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path, main: bool) -> Iterator[None]:
+    """Inside, no other run writes to the folder. Raises UserError if one does. Of several processes the main one asks."""
+    if not main:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing to '{folder}': wait for its end, or give another --output_dir"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance

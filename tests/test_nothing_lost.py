@@ -18,7 +18,7 @@ from test_training import flags, fresh_accelerate, losses, same, weights  # noqa
 import sonic_training
 from sonic.checkpoints import training_checkpoints
 from sonic.config import TrainingConfig, UserError
-from sonic.run_log import FIXED, PRACTICAL, RunState, by_noise_level, differences, fingerprint, read_log
+from sonic.run_log import FIXED, PRACTICAL, RunState, by_noise_level, differences, fingerprint, only_run_in, read_log
 from sonic.stopping import StopSignals
 from sonic.training import keep_checkpoints
 
@@ -191,6 +191,16 @@ def test_a_half_deleted_checkpoint_is_none(tmp_path):
         (tmp_path / name / "file").write_text("")
     assert training_checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]
+
+
+def test_two_runs_do_not_write_to_one_folder(tiny, clips, cache, tmp_path):
+    arguments = flags(tiny, clips, cache, tmp_path, max_train_steps=1, save_steps=1)
+    with only_run_in(tmp_path, main=True), only_run_in(tmp_path, main=False):
+        with pytest.raises(UserError, match=r"another run is writing to .*wait for its end"):
+            sonic_training.main(arguments)
+        assert list(tmp_path.iterdir()) == []
+    sonic_training.main(arguments)
+    assert (tmp_path / "checkpoint-1").is_dir()
 
 
 # ------------------------------------------------------------------------------------------------------------- provenance
