@@ -42,7 +42,7 @@ def zero2(**options) -> Accelerator:
     from accelerate.utils import DeepSpeedPlugin
 
     asked = yaml.safe_load((CONFIGS / "8x80gb_zero2.yaml").read_text())["deepspeed_config"]
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
     plugin = DeepSpeedPlugin(zero_stage=asked["zero_stage"], gradient_clipping=1.0)
     return Accelerator(deepspeed_plugin=plugin, **options)
 
