@@ -28,14 +28,14 @@ from sonic.weights import ROOT, atomic_folder
 
 POSITIONS = "model.encoder.embed_positions.weight"
 FITTED = {"init_audio2token": True}
-STEPS = {"init": 600, "lips": 250}
+STEPS = 600
 # name: (start, flags that differ from the build's)
 TRIALS: dict[str, tuple[str, dict]] = {
     "init usual positions": ("usual", {}),
     "init usual positions, fitted": ("usual", FITTED),
     "init zero positions": ("start", {}),
     "init zero positions, fitted": ("start", FITTED),
-    **{f"lips {weight}": ("start", {"lip_loss_weight": weight}) for weight in (1, 12)},
+    **{f"lips {weight}": ("start", {"lip_loss_weight": weight}) for weight in (1, 4, 12)},
 }
 
 
@@ -67,9 +67,8 @@ def main() -> None:
     for name, (start, flags) in TRIALS.items():
         if arguments.only and not any(name.startswith(part) for part in arguments.only):
             continue
-        steps = STEPS[name.partition(" ")[0]]
         folder = output / name.replace(" ", "-").replace(",", "")
-        options = TRAINING | flags | {"validation_steps": 50, "save_steps": steps, "max_train_steps": steps}
+        options = TRAINING | flags | {"validation_steps": 50, "save_steps": STEPS, "max_train_steps": STEPS}
         command = [
             *(sys.executable, "sonic_training.py", "--model_path", starts[start], "--data_root", build / "clips"),
             *("--output_dir", folder, "--cache_dir", output / f"cache-{start}", "--resume_from_checkpoint", "latest"),
