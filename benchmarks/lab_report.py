@@ -253,8 +253,8 @@ def training_curves(results: Results) -> dict[str, dict[str, np.ndarray]]:
 def training_row(curves: dict) -> list[Row]:
     better = [one["r"][-1] > one["r"][0] for one in curves.values()]
     text = "; ".join(
-        f"{seed}: r {one['r'][0]:.2f} → {one['r'][-1]:.3f}, gap {one['audio_gap_sigma_1'][0]:.3f} → "
-        f"{one['audio_gap_sigma_1'][-1]:.3f}, loss {one['validation_loss'][0]:.3f} → {one['validation_loss'][-1]:.3f}"
+        f"{seed}: r {one['r'][0]:.2f} → {one['r'][-1]:.3f}, gap {one['audio_gap_sigma_3'][0]:.4f} → "
+        f"{one['audio_gap_sigma_3'][-1]:.4f}, loss {one['validation_loss'][0]:.3f} → {one['validation_loss'][-1]:.3f}"
         for seed, one in curves.items()
     )
     return [Row("more training, better", "r grows with the steps, three seeds", text, all(better) and len(better) >= 3)]
@@ -475,9 +475,9 @@ def plot_training(curves: dict, path: Path) -> None:
     panels = figure.subplots(1, 3)
     for (seed, one), colour in zip(curves.items(), (BLUE, ORANGE, GREEN), strict=False):
         panels[0].plot(one["steps"], one["r"], "o-", color=colour, label=seed)
-        panels[1].plot(one["checked"], one["audio_gap_sigma_1"], color=colour)
+        panels[1].plot(one["checked"], one["audio_gap_sigma_3"], color=colour)
         panels[2].plot(one["checked"], one["validation_loss"], color=colour)
-    for axis, title in zip(panels, ("median r of the opening", "audio gap at sigma 1", "validation loss"), strict=True):
+    for axis, title in zip(panels, ("median r of the opening", "audio gap at sigma 3", "validation loss"), strict=True):
         axis.set(title=title, xlabel="steps")
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
