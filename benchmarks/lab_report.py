@@ -324,7 +324,16 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
     lines += ablation_table(results)
     if curves:
         plot_training(curves, PLOTS / "training.png")
-        lines += ["![more training](lab/training.png)", ""]
+        steps = max(one["steps"][-1] for one in curves.values())
+        lines += [
+            "## More training",
+            "",
+            f"Runs from nothing of {steps} steps that differ in their seed (`benchmarks/trials.py`): weights, noise and order of",
+            "the samples. The learning rate falls to 0 within them. `sonic-mini` itself was trained longer.",
+            "",
+            "![more training](lab/training.png)",
+            "",
+        ]
     lines += init_table(trials)
     lines += lips_table(results)
     DOCUMENT.write_text("\n".join(lines))
