@@ -1,6 +1,7 @@
 """The proof: what a checkpoint of sonic-mini does on faces and voices that it never met, held against the drawn truth.
 
-    python benchmarks/lab.py --speech outputs/mini/seed-0/speech/unseen --runs outputs/mini/seed-*/training
+    python benchmarks/trials.py outputs/mini/seed-0
+    python benchmarks/lab.py --speech outputs/mini/seed-0/speech/unseen --runs outputs/trials/seed-* --trials outputs/trials/*
 
 animates and measures, and writes docs/lab.md with its plots (`lab_report.py`). Every experiment's numbers lie in
 docs/lab/, in a folder named by the weights, and are not made again: an interrupted call goes on, and the document can be
@@ -325,7 +326,7 @@ def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
     for folder in runs:
         plan += [
-            Experiment(f"run {folder.parent.name} {path.name}", {}, clips=CURVE_CLIPS, checkpoint=str(path))
+            Experiment(f"run {run_name(folder)} {path.name}", {}, clips=CURVE_CLIPS, checkpoint=str(path))
             for path in training_checkpoints(folder)
         ]
     for folder in trials:
@@ -340,6 +341,11 @@ def fingerprint(checkpoint: Path) -> str:
     for path in sorted(checkpoint.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def run_name(folder: Path) -> str:
+    """A trial's own name, or that of the build whose training it is."""
+    return folder.parent.name if folder.name == "training" else folder.name
 
 
 def validations(folder: Path) -> list[dict]:
@@ -397,7 +403,7 @@ def main() -> None:
                 f"{experiment.name}: {len(rows)} clips" + (f", median r {np.median(rs):.3f}" if rs else ""), flush=True
             )
     for folder in runs:
-        save_numbers(work, f"log of run {folder.parent.name}", validations(folder))
+        save_numbers(work, f"log of run {run_name(folder)}", validations(folder))
     for folder in trials:
         save_numbers(work, f"log of trial {folder.name}", validations(folder))
     write_report(read_numbers(work), flags.checkpoint, DTYPE)

@@ -1,10 +1,11 @@
-"""What two choices of training are worth: short runs of sonic_training.py from nothing that differ in one flag.
+"""What choices of training are worth, and chance: short runs of sonic_training.py from nothing that differ in one thing.
 
     python benchmarks/trials.py outputs/mini/seed-0 [--only NAMES] [--threads N]
 
-`--init_audio2token`, with the zero positions of sonic-mini's Whisper and with the usual sinusoidal ones; `--lip_loss_weight`.
-Start and clips are those of a build (`scripts/build_mini.py`). Each trial is a run folder in `--output`, from which
-`lab.py --trials` takes its numbers; one that was cut goes on.
+`--init_audio2token`, with the zero positions of sonic-mini's Whisper and with the usual sinusoidal ones; `--lip_loss_weight`; the
+seed of weights, noise and order. Start and clips are those of a build (`scripts/build_mini.py`), its VAE serves all. Each trial
+is a run folder in `--output`, from which `lab.py --trials` takes its numbers, or `lab.py --runs` for the seeds; one that was cut
+goes on.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, without an install
 
-from build_mini import KEEP_MEMORY, TRAINING
+from build_mini import KEEP_MEMORY, TRAINING, halve
 from safetensors.torch import load_file, save_file
 from transformers.models.whisper.modeling_whisper import sinusoids
 
+from sonic.checkpoints import create_checkpoint
+from sonic.config import PRESETS
 from sonic.flags import run
 from sonic.weights import ROOT, atomic_folder
 
 POSITIONS = "model.encoder.embed_positions.weight"
 FITTED = {"init_audio2token": True}
 STEPS = 600
+SEEDS = (0, 1, 2)
 # name: (start, flags that differ from the build's)
 TRIALS: dict[str, tuple[str, dict]] = {
     "init usual positions": ("usual", {}),
@@ -36,6 +40,7 @@ TRIALS: dict[str, tuple[str, dict]] = {
     "init zero positions": ("start", {}),
     "init zero positions, fitted": ("start", FITTED),
     **{f"lips {weight}": ("start", {"lip_loss_weight": weight}) for weight in (1, 4, 12)},
+    **{f"seed {seed}": (f"seed-{seed}", {"seed": seed, "save_steps": 150}) for seed in SEEDS},
 }
 
 
@@ -51,6 +56,17 @@ def usual_start(start: Path, target: Path) -> None:
         save_file(tensors, path)
 
 
+def seed_start(start: Path, target: Path, seed: int) -> None:
+    """A start with other random weights, but the same VAE."""
+    if target.is_dir():
+        return
+    with atomic_folder(target) as folder:
+        create_checkpoint(folder, PRESETS["mini"], seed)
+        shutil.copytree(start / "base/vae", folder / "base/vae", dirs_exist_ok=True)
+        for part in ("base/image_encoder", "whisper"):
+            halve(folder / part)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path, help="work folder of a build, with start/ and clips/")
@@ -61,6 +77,9 @@ def main() -> None:
     build, output = arguments.build.resolve(), arguments.output.resolve()
     starts = {"start": build / "start", "usual": output / "start-usual"}
     usual_start(starts["start"], starts["usual"])
+    for seed in SEEDS:
+        starts[f"seed-{seed}"] = output / f"start-seed-{seed}"
+        seed_start(starts["start"], starts[f"seed-{seed}"], seed)
     environment = os.environ | KEEP_MEMORY
     if arguments.threads:
         environment["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -68,7 +87,7 @@ def main() -> None:
         if arguments.only and not any(name.startswith(part) for part in arguments.only):
             continue
         folder = output / name.replace(" ", "-").replace(",", "")
-        options = TRAINING | flags | {"validation_steps": 50, "save_steps": STEPS, "max_train_steps": STEPS}
+        options = TRAINING | {"validation_steps": 50, "save_steps": STEPS, "max_train_steps": STEPS} | flags
         command = [
             *(sys.executable, "sonic_training.py", "--model_path", starts[start], "--data_root", build / "clips"),
             *("--output_dir", folder, "--cache_dir", output / f"cache-{start}", "--resume_from_checkpoint", "latest"),
