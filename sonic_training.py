@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,37 +29,48 @@ from tqdm import tqdm
 from sonic.audio import load_extractor
 from sonic.checkpoints import (
     Checkpoint,
-    count_base_parameters,
+    LazyWhisper,
     load_base,
-    load_whisper,
-    open_checkpoint,
     training_checkpoints,
 )
 from sonic.config import TrainingConfig, UserError
-from sonic.dataset import SonicDataset
 from sonic.flags import Parser, config_from, run
-from sonic.optimizers import OPTIMIZERS
+from sonic.latents import CachedLatents, cache_latents, gb_per_hour
+from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
+from sonic.optimizers import make_optimizer
 from sonic.pipeline import Animator
-from sonic.prepare import PreparedData, find_videos, hold_out, prepare
+from sonic.prepare import Clip, PreparedData, Share, find_videos, hold_out, prepare
+from sonic.run_log import (
+    TOO_MANY,
+    Log,
+    RunState,
+    by_noise_level,
+    check_resumable,
+    differences,
+    only_run_in,
+    provenance,
+    start_trackers,
+    write_report,
+)
 from sonic.sampling import ramp
+from sonic.sharding import any_says, autocast_for, callable_parts, gradient_norm, ready_for_sharding
+from sonic.stopping import StopSignals, ignore_signals
+from sonic.trainable import Trained, choose, open_start, require_packages
 from sonic.training import (
     Encoders,
-    Log,
     Numbered,
-    RunState,
     SampleNumbers,
     audio_windows,
     draw,
-    estimate_memory,
+    keep_checkpoints,
     lip_loss,
     loss_weight,
     optimizer_steps,
     readable,
     resume_state,
     save_training_checkpoint,
-    start_trackers,
+    saved_or_said,
     total_loss,
-    used_memory,
     with_model_defaults,
 )
 from sonic.validation import Validation
@@ -76,7 +87,7 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
     return dataclasses.replace(config, report_to="wandb") if config.use_wandb else config
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int | None:
     config = parse(arguments)
     extractor = load_extractor(config.audio_extractor) if config.audio_extractor else None
     output_dir = Path(config.output_dir)
@@ -85,7 +96,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(
             f"'{output_dir}' already holds a run: go on with --resume_from_checkpoint latest, or give another --output_dir"
         )
-    start = open_checkpoint(resumed or config.model_path, config.base_model, config.whisper_path, extractor)
+    require_packages(config)
+    if resumed:
+        check_resumable(config, resumed)
+    start = open_start(config, resumed, extractor)
     config = with_model_defaults(config, start.settings)
     start = for_this_run(start, config)
     if config.dry_run:
@@ -94,169 +108,258 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--mixed_precision fp16 needs a CUDA GPU: use --mixed_precision bf16, or no, on this machine")
 
     make_output_dir(output_dir)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=output_dir,
-        # While the main process prepares the data the others wait, for hours if it must be.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
-    start_trackers(accelerator, config)
-    with accelerator.main_process_first():
-        data = prepare_data(config, start, extractor, output_dir, accelerator.is_main_process)
-    train_clips, held_out = hold_out(data.clips, window=config.num_frames * config.frame_step + 1)
-
-    torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
-    model = start.load().train()
-    model.unet.freeze_unused()
-    if config.init_audio2token and not resumed:
-        model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    half = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32  # SVD's VAE overflows in fp16
-    base = load_base(start.base_model, half, half).to(accelerator.device)
-    encoders = Encoders(base, accelerator.device)
-
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[config.optimizer](trainable, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-    per_epoch, total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
-    # "constant" as diffusers knows it ignores the warmup that was asked for.
-    schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-    lr_scheduler = get_scheduler(
-        schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    state = RunState()
-    accelerator.register_for_checkpointing(lr_scheduler, state)
-    keep_model_out_of_state(accelerator)
-    if resumed:
-        resume_state(accelerator, resumed)
-        accelerator.print(f"resumed at step {state.step} from {resumed}")
-    accelerator.print(
-        f"{len(train_clips)} training clips, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
-        f"{sum(parameter.numel() for parameter in trainable) / 1e6:.1f} M parameters on {accelerator.device}; "
-        f"{total_steps} steps, {per_epoch} per epoch"
-    )
-    log = Log(output_dir / "log.jsonl", state.step) if accelerator.is_main_process else None
-
-    dataset = SonicDataset(
-        train_clips,
-        num_frames=config.num_frames,
-        frame_step=config.frame_step,
-        resolution=config.resolution,
-        clip_size=base.image_encoder.config.image_size,
-        seed=config.seed,
-    )
-    accumulated = config.gradient_accumulation_steps
-    loader = DataLoader(
-        Numbered(dataset),
-        batch_sampler=SampleNumbers(
-            first=state.samples,
-            batches=max(total_steps - state.step, 0) * accumulated,
-            batch_size=config.train_batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-        ),
-        num_workers=config.num_workers,
-        multiprocessing_context="spawn" if config.num_workers else None,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    validation = (
-        Validation(held_out, config, start.settings, encoders) if config.validation_steps and held_out else None
-    )
-    if validation is None and config.validation_steps:
-        accelerator.print("no clip is long enough to be held out: this run does not validate")
-
-    def report(values: dict) -> None:
-        if accelerator.is_main_process:
-            log.write(state.step, values)
-            accelerator.log({name: value for name, value in values.items() if value is not None}, step=state.step)
-
-    def save() -> None:
-        target = output_dir / f"checkpoint-{state.step}"
-        with atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder:
-            save_training_checkpoint(folder, accelerator, model, start, state)
-
-    def validate(video: bool) -> None:
-        plain = accelerator.unwrap_model(model)
-        plain.eval()
-        values = validation.measure(plain)
-        if video:
-            path = output_dir / "validation" / f"step-{state.step:06d}.mp4"
-            path = path if accelerator.is_main_process else None
-            animator = Animator(plain, base, accelerator.device, accelerator.autocast)
-            validation.video(animator, path, accelerator.trackers, state.step)
-        plain.train()
-        report(values)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        accelerator.print(f"step {state.step}: {shown}")
-
-    if validation and state.step == 0:
-        validate(video=False)  # where it starts from; without it the first fall would not be seen
-
-    # The loop. A step is: encode with the frozen models, draw noise by sample number, one loss, one update.
-    bar = tqdm(
-        total=total_steps, initial=state.step, unit="step", disable=None if accelerator.is_main_process else True
-    )
-    clock = time.perf_counter()
-    for samples in readable(loader):
-        waited = time.perf_counter() - clock
-        with accelerator.accumulate(model):
-            clip = encoders(samples).repeated(config.noise_draws)
-            now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, total_steps))
-            noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
-            losses = model(clip.with_noise(noise))
-            lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
-            accelerator.backward(total_loss(losses, loss_weight(config, lips, clip.portrait.mask)))
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad()
-        state.add(
-            loss=losses.velocity.item(),
-            lip_loss=lip_loss(losses, lips),
-            bucket_loss=losses.bucket.item(),
-            token_spread=losses.token_spread.item(),
-        )
-        state.time(wait=waited, whole=time.perf_counter() - clock)
-        state.samples += config.train_batch_size * accelerator.num_processes
-        clock = time.perf_counter()
-        if not math.isfinite(losses.velocity.item()):
-            names = ", ".join(samples["name"])
-            raise UserError(
-                f"the loss is {losses.velocity.item()} at step {state.step + 1} ({names}): lower --learning_rate"
+    accelerator = start_accelerator(config, start)
+    with only_run_in(output_dir, accelerator.is_main_process):
+        share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
+        clips = prepare_data(config, start, extractor, accelerator.device, share).clips
+        half = half_precision(config)
+        if config.cache_latents:
+            encoders = cache_latents(
+                clips, config, start.base_model, cache_dir(config), half, accelerator.device, share
             )
-        if not accelerator.sync_gradients:
-            continue
+            clips = encoders.clips
+        else:
+            encoders = Encoders(load_base(start.base_model, half, half).to(accelerator.device), accelerator.device)
+        return Run(config, accelerator, start, encoders, clips, resumed).train()
 
-        if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips a step that overflows
-            lr_scheduler.step()
-        state.step += 1
-        bar.update()
-        if state.step % config.logging_steps == 0 or state.step == total_steps:
-            seconds, wait = state.timing()
-            names, means = zip(*state.means().items(), strict=True)
-            means = accelerator.reduce(torch.tensor(means, device=accelerator.device), "mean")
-            values = dict(zip(names, means.tolist(), strict=True))
-            values |= {"grad_norm": float(norm), "learning_rate": lr_scheduler.get_last_lr()[0]}
-            clips = config.train_batch_size * accelerator.num_processes
-            values |= {
-                "clips_per_second": clips / seconds,
-                "data_wait": wait,
-                "memory_gb": used_memory(accelerator.device),
-            }
-            report(values)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.1e}")
-        if validation and (state.step % config.validation_steps == 0 or state.step == total_steps):
-            validate(video=True)
-        if state.step % config.save_steps == 0 or state.step == total_steps:
-            save()
-        clock = time.perf_counter()
-    bar.close()
-    accelerator.end_training()
-    accelerator.print(f"done: {state.step} steps; the model is in {output_dir / f'checkpoint-{state.step}'}")
+
+class Run:
+    """One training run: what it is made of, in the order in which that is made, and the loop."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        start: Checkpoint,
+        encoders: Encoders | CachedLatents,
+        clips: list[Clip],
+        resumed: Path | None,
+    ):
+        self.config, self.accelerator, self.encoders = config, accelerator, encoders
+        self.output_dir = Path(config.output_dir)
+        train_clips, held_out = hold_out(clips, window=config.num_frames * config.frame_step + 1)
+        self.made_of = provenance(config, train_clips)
+
+        torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
+        model = start.load().train()
+        if config.init_audio2token and not resumed:
+            model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
+        self.trained = Trained(model, config, start, resumed, accelerator.device)
+        if config.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        if config.compile:
+            model.unet.compile()
+        trainable = list(self.trained.parameters.values())
+        count = sum(parameter.numel() for parameter in trainable)
+
+        optimizer = make_optimizer(config, trainable)
+        per_epoch, self.total_steps = optimizer_steps(config, len(train_clips), accelerator.num_processes)
+        # "constant" as diffusers knows it ignores the warmup that was asked for.
+        schedule = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        self.lr_scheduler = get_scheduler(
+            schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.total_steps
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        callable_parts(self.model)
+        self.autocast = autocast_for(config, accelerator.device)
+
+        self.state = RunState()
+        accelerator.register_for_checkpointing(self.lr_scheduler, self.state)
+        keep_model_out_of_state(accelerator)
+        if resumed:
+            resume_state(accelerator, resumed)
+            accelerator.print(f"resumed at step {self.state.step} from {resumed}")
+            for difference in differences(config, self.made_of, resumed):
+                accelerator.print(f"resuming with a difference: {difference}")
+        self.log = Log(self.output_dir / "log.jsonl", self.state.step) if accelerator.is_main_process else None
+        accelerator.print(
+            f"{len(train_clips)} training clips, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
+            f"{count / 1e6:.1f} M parameters on {accelerator.device}; {self.total_steps} steps, {per_epoch} per epoch"
+        )
+
+        self.loader = DataLoader(
+            Numbered(encoders.dataset(train_clips, config)),
+            batch_sampler=SampleNumbers(
+                first=self.state.samples,
+                batches=max(self.total_steps - self.state.step, 0) * config.gradient_accumulation_steps,
+                batch_size=config.train_batch_size,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+            ),
+            num_workers=config.num_workers,
+            multiprocessing_context="spawn" if config.num_workers else None,
+            worker_init_fn=ignore_signals,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.bad, self.suspects = False, []  # whether the step under way has met what is no number, and where
+        self.validation = None
+        if config.validation_steps and held_out:
+            self.validation = Validation(held_out, config, start.settings, encoders)
+        elif config.validation_steps:
+            accelerator.print("no clip is long enough to be held out: this run does not validate")
+
+    def train(self) -> int | None:
+        """The loop, and what is said at its end. Gives the exit code: None, or that of a signal."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        if self.validation and state.step == 0:
+            self.validate(video=False)  # where it starts from; without it the first fall would not be seen
+        bar = tqdm(
+            total=self.total_steps,
+            initial=state.step,
+            unit="step",
+            disable=None if accelerator.is_main_process else True,
+        )
+        stopped = save_due = False
+        with StopSignals() as signals:
+            clock = time.perf_counter()
+            for samples in readable(self.loader):
+                waited = time.perf_counter() - clock
+                ended = self.learn(samples)
+                state.time(wait=waited, whole=time.perf_counter() - clock)
+                clock = time.perf_counter()
+                if not ended:  # more batches belong to this step
+                    continue
+                bar.update()
+                last = state.step == self.total_steps
+                if state.skipped_in_a_row == TOO_MANY:
+                    break
+                if state.step % config.logging_steps == 0 or last:
+                    values = self.log_line()
+                    self.report(values)
+                    bar.set_postfix(loss=values.get("loss"), lr=values["learning_rate"])
+                if self.validation and (state.step % config.validation_steps == 0 or last):
+                    self.validate(video=True)
+                stopped = any_says(accelerator, signals.received is not None)
+                save_due |= state.step % config.save_steps == 0 or last or stopped
+                if save_due and not state.skipped_in_a_row:  # what is behind a skipped step may be spoilt
+                    self.save()
+                    save_due = False
+                if stopped:
+                    break
+                clock = time.perf_counter()
+        bar.close()
+        accelerator.end_training()
+        saved = training_checkpoints(self.output_dir)
+        if state.skipped_in_a_row:
+            last_good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint has been saved"
+            raise UserError(
+                f"the last {state.skipped_in_a_row} steps had losses or gradients that are no number and were skipped "
+                f"({self.blamed}): {last_good}; lower --learning_rate, or look at these clips"
+            )
+        if stopped and state.step < self.total_steps:
+            accelerator.print(f"{signals.received.name}: saved {saved[-1]}; go on with --resume_from_checkpoint latest")
+            return 128 + signals.received
+        if accelerator.is_main_process:
+            print(f"done: {write_report(self.output_dir, state, saved[-1])}")
+        return None
+
+    def learn(self, samples: dict) -> bool:
+        """One batch: encode with the frozen models, draw noise by sample number, one loss, and, with the last batch of a
+        step, one update. Gives whether it was the last."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        with accelerator.accumulate(self.model):
+            clip = self.encoders(samples).repeated(config.noise_draws)
+            now = dataclasses.replace(config, p_mean=ramp(config.p_mean, state.step, self.total_steps))
+            noise = draw(now, samples["number"].tolist(), clip.latents.shape[1:])
+            with self.autocast():
+                losses = self.model(clip.with_noise(noise))
+            lips = samples["lips"].to(accelerator.device).repeat(config.noise_draws, 1, 1, 1)
+            loss = total_loss(losses, loss_weight(config, lips, clip.portrait.mask))
+            if self.is_number(loss.item(), samples):
+                accelerator.backward(loss)
+                state.add(
+                    loss=losses.velocity.item(),
+                    lip_loss=lip_loss(losses, lips),
+                    bucket_loss=losses.bucket.item(),
+                    token_spread=losses.token_spread.item(),
+                    **by_noise_level(losses.velocity_map, noise.sigma),
+                )
+            if accelerator.sync_gradients:
+                self.norm = gradient_norm(accelerator, self.model, config.max_grad_norm)
+                self.is_number(self.norm, samples)
+                if not self.bad or accelerator.scaler:  # which leaves out a bad step by itself, and learns from it
+                    self.optimizer.step()
+            self.optimizer.zero_grad()
+        state.samples += config.train_batch_size * accelerator.num_processes
+        if accelerator.sync_gradients:
+            self.end_step()
+        return accelerator.sync_gradients
+
+    def is_number(self, value: float, samples: dict) -> bool:
+        """Whether a loss or a gradient's norm is a number in every process. If not, the step is bad, for one of these samples."""
+        own = math.isfinite(value)
+        self.suspects += [] if own else samples["name"]
+        bad = any_says(self.accelerator, not own)
+        self.bad |= bad
+        return not bad
+
+    def end_step(self) -> None:
+        """Counts a step, also one that was skipped."""
+        self.lr_scheduler.step()
+        self.state.step += 1
+        self.state.count_skipped(self.bad)
+        if not self.bad:
+            self.trained.update(self.state.step)
+            return
+        self.blamed = ", ".join(dict.fromkeys(gather_object(self.suspects)))
+        self.accelerator.print(f"step {self.state.step} skipped: its loss or gradient is no number ({self.blamed})")
+        self.bad, self.suspects = False, []
+
+    def log_line(self) -> dict:
+        """What has been measured since the last one."""
+        accelerator, state = self.accelerator, self.state
+        seconds, wait = state.timing()
+        state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
+        values = state.means() | {
+            "grad_norm": self.norm if math.isfinite(self.norm) else None,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "skipped_steps": state.skipped,
+            "clips_per_second": self.config.train_batch_size * accelerator.num_processes / seconds,
+            "data_wait": wait,
+            "memory_gb": used_memory(accelerator.device),
+        }
+        if accelerator.scaler:
+            values["loss_scale"] = accelerator.scaler.get_scale()
+        return values
+
+    def report(self, values: dict) -> None:
+        """To the log and the tracker."""
+        if self.accelerator.is_main_process:
+            self.log.write(self.state.step, values)
+            known = {name: value for name, value in values.items() if value is not None}
+            self.accelerator.log(known, step=self.state.step)
+
+    def validate(self, video: bool) -> None:
+        """Measures the held-out clips, with the averaged weights if there are any, and animates one."""
+        accelerator, step = self.accelerator, self.state.step
+        plain = accelerator.unwrap_model(self.model)
+        plain.eval()
+        with self.trained.averaged():
+            with self.autocast():
+                values = self.validation.measure(plain)
+            if video:
+                path = self.output_dir / "validation" / f"step-{step:06d}.mp4" if accelerator.is_main_process else None
+                animator = Animator(plain, self.encoders.models(), accelerator.device, self.autocast)
+                self.validation.video(animator, path, accelerator.trackers, step)
+        plain.train()
+        self.report(values)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        accelerator.print(f"step {step}: {shown}")
+
+    def save(self) -> None:
+        """A checkpoint, whole or not at all."""
+        accelerator = self.accelerator
+        target = self.output_dir / f"checkpoint-{self.state.step}"
+        with (
+            saved_or_said(target),
+            atomic_folder(target, accelerator.is_main_process, accelerator.wait_for_everyone) as folder,
+        ):
+            save_training_checkpoint(folder, accelerator, self.trained, self.state, self.made_of)
+        if accelerator.is_main_process:
+            keep_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+
+
+# ---------------------------------------------------------------------------------------------- before the run
 
 
 def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | None:
@@ -297,20 +400,55 @@ def make_output_dir(output_dir: Path) -> None:
         raise UserError(f"cannot write to output folder '{output_dir}': {error.strerror}") from None
 
 
-def prepare_data(config: TrainingConfig, start: Checkpoint, extractor, output_dir: Path, talk: bool) -> PreparedData:
+def cache_dir(config: TrainingConfig) -> Path:
+    """Where prepared data and cached latents lie."""
+    return Path(config.cache_dir or Path(config.output_dir) / "cache")
+
+
+def half_precision(config: TrainingConfig) -> torch.dtype:
+    """What the frozen encoders compute in: not in fp16, in which SVD's VAE overflows."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
+    """The processes and what they report to. Raises UserError for a run that cannot fit into the memory, or be sharded."""
+    accelerator = Accelerator(
+        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",  # for the scaler; see `autocast_for`
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        # A process that has prepared its share of the data waits for the others, for hours if it must be.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    ready_for_sharding(accelerator, config)
+    # What shards a model, FSDP and DeepSpeed, needs less than an estimate for one process says.
+    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        estimator = Estimator(start, choose, on_gpu=accelerator.device.type == "cuda")
+        if tight := require_memory(estimator, config, accelerator.device):
+            accelerator.print(tight)
+    start_trackers(accelerator, config)
+    return accelerator
+
+
+def prepare_data(
+    config: TrainingConfig, start: Checkpoint, extractor, device: torch.device, share: Share
+) -> PreparedData:
     """Tracks and audio features of every video, made or reused; prints what was left out and why."""
+    cache = cache_dir(config)
     data = prepare(
         config.data_root,
-        config.cache_dir or output_dir / "cache",
-        extractor or load_whisper(start.whisper_path),
+        cache,
+        extractor or LazyWhisper(start.whisper_path, cache / "whisper.json", device),
         num_frames=config.num_frames,
         frame_step=config.frame_step,
         num_workers=config.num_workers,
-        progress=talk,
+        progress=share.index == 0,
+        share=share,
     )
-    if talk:
+    if share.index == 0:
         print(data.table())
-        (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        path = Path(config.output_dir) / "config.json"
+        path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     return data
 
 
@@ -329,12 +467,13 @@ def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
     print(f"data: {len(videos)} video files in {config.data_root}")
     print("model:", {part: str(path) for part, path in start.tensors.items()})
     print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
-    frozen = count_base_parameters(start.base_model)
-    parts, counts = estimate_memory(start.architecture, config, frozen)
-    print("parameters: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items()))
-    for name, size in parts.items():
-        print(f"  {name:12} {size:8.2f} GB")
-    print(f"  {'together':12} {sum(parts.values()):8.2f} GB per process, estimated")
+    if config.cache_latents:
+        print(f"latents: {gb_per_hour(config, start.base_model, half_precision(config)):.2f} GB per hour of video")
+    on_gpu = torch.cuda.is_available() or config.device_memory_gb is not None
+    estimator = Estimator(start, choose, on_gpu)
+    print(estimator(config).table())
+    room, where = available_memory(config, torch.device("cuda" if on_gpu else "cpu"))
+    print("this run " + verdict(estimator, config, room, where)[1])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class AudioToken(nn.Module):
 
     def silence(self) -> Tensor:
         """The tokens of the unconditional branch, [K, D]: `audio2token(zeros)`, not zeros."""
-        return self(self.proj1.weight.new_zeros(SHORT_LENGTH, self.layers, self.width))
+        weight = self.proj1.weight
+        return self(torch.zeros(SHORT_LENGTH, self.layers, self.width, dtype=weight.dtype, device=weight.device))
 
 
 class AudioBucket(nn.Module):

@@ -55,6 +55,11 @@ class WhisperFeatures:
         self.name = name or f"whisper-{self.width}x{self.layers}-{_fingerprint(encoder)}"
         self._log_mel = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
 
+    def to(self, device: torch.device) -> WhisperFeatures:
+        """The same, computing there; features still come out on the CPU."""
+        self.encoder.to(device)
+        return self
+
     @torch.no_grad()
     def __call__(self, speech: np.ndarray) -> Tensor:
         """Speech [n] -> float32 features [2 · (n // 640), layers, width] on the CPU."""

@@ -7,10 +7,12 @@ A base folder is Stable Video Diffusion's, in diffusers' layout; a Whisper folde
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
@@ -33,6 +35,7 @@ from sonic.weights import (
     portable,
     read_json,
     read_tensors,
+    remembered,
     restore,
     tensors_of,
 )
@@ -68,24 +71,37 @@ class BaseModels:
         return encoder(clip_pixels.to(encoder.device, encoder.dtype)).image_embeds.float()
 
 
-def count_base_parameters(folder: Path) -> int:
-    """Parameters of the frozen VAE and CLIP encoder of a Stable Video Diffusion folder, without loading them."""
-    vae, image_encoder = _empty_base(folder)
-    return sum(parameter.numel() for part in (vae, image_encoder) for parameter in part.parameters())
+@dataclass(frozen=True)
+class BaseSizes:
+    """What the configurations of a Stable Video Diffusion folder say of its latents and embeddings."""
+
+    latent_channels: int
+    scaling_factor: float
+    clip_size: int  # pixels of a side that CLIP reads
+    clip_width: int
+
+    @classmethod
+    def of(cls, folder: Path) -> BaseSizes:
+        """Nothing is loaded."""
+        with init_empty_weights():
+            vae, clip = (part.config for part in build_base(folder))
+        return cls(vae.latent_channels, vae.scaling_factor, clip.image_size, clip.projection_dim)
 
 
-def _empty_base(folder: Path) -> tuple[AutoencoderKLTemporalDecoder, CLIPVisionModelWithProjection]:
+def build_base(folder: Path) -> tuple[AutoencoderKLTemporalDecoder, CLIPVisionModelWithProjection]:
+    """VAE and CLIP encoder of a Stable Video Diffusion folder with fresh weights."""
     vae_path, clip_path = folder / "vae/config.json", folder / "image_encoder/config.json"
     vae_config, clip_config = read_json(vae_path), read_json(clip_path)
-    with init_empty_weights(), described_by(vae_path):
+    with described_by(vae_path):
         vae = AutoencoderKLTemporalDecoder.from_config(vae_config)
-    with init_empty_weights(), described_by(clip_path):
+    with described_by(clip_path):
         return vae, CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(clip_config))
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32) -> BaseModels:
     """VAE, CLIP encoder and scheduler of a Stable Video Diffusion folder, frozen, on the CPU."""
-    vae, image_encoder = _empty_base(folder)
+    with init_empty_weights():
+        vae, image_encoder = build_base(folder)
     for part, name, stem, kind in (
         (vae, "vae", "diffusion_pytorch_model", vae_dtype),
         (image_encoder, "image_encoder", "model", dtype),
@@ -105,12 +121,30 @@ def load_whisper(folder: Path) -> WhisperFeatures:
     config = read_json(folder / "config.json")
     with init_empty_weights(), described_by(folder / "config.json"):
         encoder = WhisperEncoder(WhisperConfig.from_dict(config))
-    # transformers' old name for .bin files is another stem
-    path = find_weights(folder, "pytorch_model" if (folder / "pytorch_model.bin").is_file() else "model")
+    path = find_weights(folder, _whisper_stem(folder))
     tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path).items()}
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     load_strict(encoder, tensors, path)
     return WhisperFeatures(encoder)
+
+
+def _whisper_stem(folder: Path) -> str:
+    """transformers' old name for .bin files is another stem."""
+    return "pytorch_model" if (folder / "pytorch_model.bin").is_file() else "model"
+
+
+class LazyWhisper:
+    """`load_whisper`'s extractor, which is loaded onto a device when the first speech comes. `memo` keeps its name, so that
+    nothing is loaded to find out that all features are there."""
+
+    def __init__(self, folder: Path, memo: Path, device: torch.device):
+        size = _WhisperSize.of(folder)
+        self.layers, self.width = size.layers, size.width
+        self._load = cache(lambda: load_whisper(folder).to(device))
+        self.name = remembered(memo, folder, _whisper_stem(folder), lambda _: self._load().name)
+
+    def __call__(self, speech: np.ndarray) -> Tensor:
+        return self._load()(speech)
 
 
 # ---------------------------------------------------------------------------------------------- our model
@@ -171,11 +205,18 @@ class Checkpoint:
 
 
 def save_model(folder: Path, denoiser: Denoiser, origin: Checkpoint) -> None:
-    """Our own form: weights, architecture and settings, and where the base model and Whisper lie.
+    """Our own form: weights, and `save_index`'s description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_index(folder, origin)
+    for part in PARTS:
+        save_file(tensors_of(getattr(denoiser, part)), folder / f"{part}.safetensors")
+
+
+def save_index(folder: Path, origin: Checkpoint) -> None:
+    """Architecture and settings, and where the base model and Whisper lie.
 
     When those paths are read, a relative one is looked for inside the folder first, then from the project.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     index = {
         "format": FORMAT,
         "architecture": asdict(origin.architecture),
@@ -184,8 +225,6 @@ def save_model(folder: Path, denoiser: Denoiser, origin: Checkpoint) -> None:
         "whisper_path": portable(origin.whisper_path),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    for part in PARTS:
-        save_file(tensors_of(getattr(denoiser, part)), folder / f"{part}.safetensors")
 
 
 def save_released(folder: Path, denoiser: Denoiser) -> None:
@@ -379,7 +418,9 @@ def create_whisper(folder: Path, preset: Preset) -> None:
 
 
 def training_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete `checkpoint-STEP` folders of a run, by step."""
+    """The complete `checkpoint-STEP` folders of a run, by step. What a kill in the midst of a change has left is put right."""
+    for half in output_dir.glob(".checkpoint-*.deleted"):
+        shutil.rmtree(half, ignore_errors=True)  # another process of the run may be at it, too
     for old in output_dir.glob(".checkpoint-*.old"):
         restore(old, output_dir / old.name.removeprefix(".").removesuffix(".old"))
     steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]

@@ -260,6 +260,8 @@ class SonicConfig(Checked):
 TRACKERS = ("none", "wandb", "tensorboard")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 SHARE = number(float, low=0, high=1)
+TRAIN_MODULES = ("all", "attention", "audio", "lora")
+LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,19 @@ class TrainingConfig(Checked):
         number(int, low=64),
     )
 
+    crop_per: str | None = flag(
+        None,
+        "window cuts each window with a square around the face's path in it, clip the whole clip with one around the "
+        "path through all of it (default: window; clip with --cache_latents)",
+        one_of("window", "clip"),
+    )
+    flip: float = flag(0.0, "share of samples that are mirrored left to right", SHARE)
+    cache_latents: bool = flag(
+        False,
+        "encode every picture once before training and store the result in the cache; training then loads neither VAE "
+        "nor CLIP nor Whisper and decodes no video",
+    )
+
     train_batch_size: int = flag(1, "clips per process and step", POSITIVE)
     noise_draws: int = flag(
         1, "noise levels drawn per clip and step; VAE and CLIP, which cost much of a step, run once for all", POSITIVE
@@ -304,15 +319,31 @@ class TrainingConfig(Checked):
     num_train_epochs: int = flag(100, "passes over the clips, one random window of each per pass", POSITIVE)
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs", POSITIVE)
     optimizer: str = flag("adamw", "adamw, or muon for models that start from nothing", one_of("adamw", "muon"))
+    use_8bit_adam: bool = flag(False, "AdamW with moments of 8 bits instead of 32, by bitsandbytes")
     learning_rate: float = flag(1e-5, "the optimizer's learning rate", number(float, above=0))
     lr_scheduler: str = flag("constant", ", ".join(LR_SCHEDULERS), one_of(*LR_SCHEDULERS))
     lr_warmup_steps: int = flag(0, "optimizer steps over which the learning rate rises", WHOLE)
     adam_weight_decay: float = flag(1e-2, "the optimizer's weight decay", SCALE)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 clips nothing", SCALE)
-    mixed_precision: str = flag("no", "no, fp16 or bf16; weights stay in fp32", one_of("no", "fp16", "bf16"))
+    mixed_precision: str = flag("no", "no, fp16 or bf16; trained weights stay in fp32", one_of("no", "fp16", "bf16"))
     gradient_checkpointing: bool = flag(
         False, "compute activations again in the backward pass: much less memory, more time"
     )
+
+    train_modules: str = flag(
+        "all",
+        "all; attention: the attention of all transformer blocks; audio: the audio attention's projections; lora: those, and "
+        "low-rank adapters in the other attention, by peft. Both adapters always",
+        one_of(*TRAIN_MODULES),
+    )
+    lora_rank: int | None = flag(None, f"rank of the low-rank adapters (default: {LORA_RANK})", POSITIVE)
+    ema_decay: float = flag(
+        0.0, "keep an average of what is trained, by this share per step (0.9999), and ship it; 0 keeps none", SHARE
+    )
+    ema_device: str = flag(
+        "auto", "where the average is kept: auto (the training device) or cpu", one_of("auto", "cpu")
+    )
+    cache_latents: bool = flag(False, "encode every clip once, ahead of training")
 
     audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE)
     image_drop_prob: float = flag(0.05, "share of samples without image (latent and CLIP)", SHARE)
@@ -327,7 +358,9 @@ class TrainingConfig(Checked):
     )
 
     num_workers: int = flag(4, "processes that prepare the data, then load it; 0 loads in the main process", WHOLE)
+    compile: bool = flag(False, "torch.compile the UNet: a minute or more at the start, faster steps")
     save_steps: int = flag(500, "optimizer steps between checkpoints", POSITIVE)
+    checkpoints_total_limit: int | None = flag(None, "newest checkpoints to keep (default: all)", POSITIVE)
     logging_steps: int = flag(10, "optimizer steps between log lines", POSITIVE)
     validation_steps: int = flag(500, "optimizer steps between validations; 0 turns them off", WHOLE)
     seed: int = flag(42, "seed of everything random", SEED)
@@ -337,14 +370,29 @@ class TrainingConfig(Checked):
     report_to: str = flag("none", "none, wandb or tensorboard", one_of(*TRACKERS))
     use_wandb: bool = flag(False, "the same as --report_to wandb")
     dry_run: bool = flag(False, "print the resolved settings, models, data and a memory estimate, and stop")
+    device_memory_gb: float | None = flag(
+        None,
+        "memory of the GPU that --dry_run speaks of, such as 24 (default: the device here)",
+        number(float, above=0),
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.resolution and self.resolution % 64:
             raise UserError(f"resolution must be a multiple of 64, not {self.resolution}")
+        if self.cache_latents and self.crop_per == "window":
+            raise UserError("latents can only be cached where a clip has one square: use --crop_per clip")
         if self.audio_drop_prob + self.image_drop_prob + self.both_drop_prob > 1:
             raise UserError(
                 "audio_drop_prob, image_drop_prob and both_drop_prob exclude each other and must add up to 1 at most"
             )
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise UserError(f"use_8bit_adam is AdamW: leave it away with --optimizer {self.optimizer}")
+        if self.lora_rank and self.train_modules != "lora":
+            raise UserError("lora_rank is for --train_modules lora: give that too, or leave it away")
+        if self.train_modules == "lora" and not self.lora_rank:
+            object.__setattr__(self, "lora_rank", LORA_RANK)
+        if self.ema_device != "auto" and not self.ema_decay:
+            raise UserError("ema_device is for an average: give --ema_decay too, 0.9999 for one")
         if not self.data_root:
             raise UserError("data_root is missing: give the folder of your videos with --data_root")

@@ -37,8 +37,9 @@ class SonicDataset(torch.utils.data.Dataset):
     """Windows of F frames at `frame_step` ticks, each with one reference frame of the same clip (SPEC section 6).
 
     `dataset[n]` works for any n >= 0: every clip once per len(clips) samples, in an order drawn anew each time. `length`
-    is what len() says, by default the number of clips. ValueError: a clip shorter than a window. UserError: a file that
-    has changed since it was prepared.
+    is what len() says, by default the number of clips. `crop_per` window cuts each window with its own square, clip all
+    windows and references of a clip with one. A share `flip` of the samples is mirrored left to right. ValueError: a clip
+    shorter than a window. UserError: a file that has changed since it was prepared.
     """
 
     def __init__(
@@ -49,12 +50,15 @@ class SonicDataset(torch.utils.data.Dataset):
         frame_step: int,
         resolution: int,
         clip_size: int = 224,
+        crop_per: str = "window",
+        flip: float = 0.0,
         seed: int = 0,
         length: int | None = None,
     ):
         self.clips = list(clips)
         self.num_frames, self.frame_step = num_frames, frame_step
         self.resolution, self.clip_size = resolution, clip_size
+        self.crop_per, self.flip = crop_per, flip
         self.seed = seed
         self.length = len(self.clips) if length is None else length
         self._span = (num_frames - 1) * frame_step + 1  # ticks from a window's first frame to its last
@@ -75,29 +79,49 @@ class SonicDataset(torch.utils.data.Dataset):
         audio_windows [F, 10, L, W], bucket_windows [F, 50, 1, W], buckets [2], fps [], ticks int64 [F], name.
         """
         clip, window, reference = self._draw(int(number))
-        boxes = clip.boxes[window]
-        square = window_square(boxes, clip.width, clip.height)
-        pictures, portrait = self._read(clip, window, reference, square)
-        frames = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        square, mirrored = self._square(clip, window), self._mirrored(int(number))
         corner, side = np.array([square[0], square[1]] * 2), square[2] - square[0]
         size = (self.resolution, self.resolution)
+        mask = resized_mask(union_box(clip.boxes[window]) - corner, (side, side), size)
+        lips = lip_mask((clip.landmarks[window] - corner[:2]) / side, self.resolution // VAE_FACTOR)
         ticks = torch.from_numpy(clip.start + window)
         audio_windows, bucket_windows = self._hear(clip, ticks)
         return {
-            "frames": frames,
-            "reference": torch.from_numpy(portrait).permute(2, 0, 1).float() / 127.5 - 1,
-            "clip_pixels": clip_pixels(Image.fromarray(portrait), self.clip_size),
-            "mask": resized_mask(union_box(boxes) - corner, (side, side), size),
-            "lips": torch.from_numpy(
-                lip_mask((clip.landmarks[window] - corner[:2]) / side, self.resolution // VAE_FACTOR)
-            ),
+            **self._look(clip, window, reference, square, mirrored),
+            "mask": mask.flip(-1) if mirrored else mask,
+            "lips": torch.from_numpy(lips).flip(-1) if mirrored else torch.from_numpy(lips),
             "audio_windows": audio_windows,
             "bucket_windows": bucket_windows,
-            "buckets": torch.tensor(motion_buckets(clip.landmarks[window])),
+            "buckets": torch.tensor(motion_buckets(clip.landmarks[window])),  # a mirror image moves as much
             "fps": torch.tensor(TICK_RATE / self.frame_step),
             "ticks": ticks,
             "name": clip.name,
         }
+
+    def frames(self, number: int) -> Tensor:
+        """The pictures of sample `number` alone, [F, 3, R, R] in [-1, 1]."""
+        clip, window, reference = self._draw(number)
+        pictures, _ = self._read(clip, window, reference, self._square(clip, window))
+        return pixels(mirror(pictures) if self._mirrored(number) else pictures)
+
+    def _look(self, clip: Clip, window: np.ndarray, reference: int, square, mirrored: bool) -> dict[str, Tensor]:
+        """What of a sample is seen: frames, reference and clip_pixels."""
+        pictures, portrait = self._read(clip, window, reference, square)
+        if mirrored:
+            pictures, portrait = mirror(pictures), mirror(portrait)
+        return {
+            "frames": pixels(pictures),
+            "reference": pixels(portrait),
+            "clip_pixels": clip_pixels(Image.fromarray(portrait), self.clip_size),
+        }
+
+    def _square(self, clip: Clip, window: np.ndarray) -> tuple[int, int, int, int]:
+        if self.crop_per == "clip":
+            return clip_square(clip)
+        return window_square(clip.boxes[window], clip.width, clip.height)
+
+    def _mirrored(self, number: int) -> bool:
+        return bool(np.random.default_rng([self.seed, number, 2]).random() < self.flip)
 
     def _draw(self, number: int) -> tuple[Clip, np.ndarray, int]:
         """The clip, the window's ticks int64 [F] and the reference's tick, both counted from the clip's start."""
@@ -114,7 +138,7 @@ class SonicDataset(torch.utils.data.Dataset):
         # the window; anywhere (a clip of just one window has nothing else).
         ticks = np.arange(clip.num_ticks)
         away = np.maximum(first - ticks, ticks - (first + self._span - 1))
-        seen = inside(clip.boxes, window_square(clip.boxes[window], clip.width, clip.height))
+        seen = inside(clip.boxes, self._square(clip, window))
         for choice in ((away >= REFERENCE_DISTANCE) & seen, (away > 0) & seen, away > 0, ticks >= 0):
             if choice.any():
                 return clip, window, int(rng.choice(ticks[choice]))
@@ -123,7 +147,7 @@ class SonicDataset(torch.utils.data.Dataset):
     def _read(self, clip: Clip, window: np.ndarray, reference: int, square) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [F, R, R, 3] and [R, R, 3]; pictures are cut and shrunk one by one, full-size ones are not kept."""
         own = square
-        if not inside(clip.boxes[reference][None], square)[0]:
+        if self.crop_per != "clip" and not inside(clip.boxes[reference][None], square)[0]:
             own = _around(clip.boxes[reference], square[2] - square[0], clip.width, clip.height)
         wanted = {int(tick): None for tick in window}
         portrait = None
@@ -161,7 +185,25 @@ class SonicDataset(torch.utils.data.Dataset):
         return self.__dict__ | {"_readers": OrderedDict()}
 
 
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def pixels(pictures: np.ndarray) -> Tensor:
+    """uint8 [..., R, R, 3] -> float32 [..., 3, R, R] in [-1, 1]."""
+    return torch.from_numpy(pictures).movedim(-1, -3).float() / 127.5 - 1
+
+
+def mirror(pictures: np.ndarray) -> np.ndarray:
+    """Pictures [..., H, W, 3] with left and right exchanged."""
+    return np.ascontiguousarray(pictures[..., ::-1, :])
+
+
 # -------------------------------------------------------------------------------------------------------------- squares
+
+
+def clip_square(clip: Clip) -> tuple[int, int, int, int]:
+    """The square around the face's path through the whole clip, the same for every part of it."""
+    return window_square(clip.whole.boxes, clip.width, clip.height)
 
 
 def window_square(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:

@@ -118,11 +118,17 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet, self.audio2token, self.audio2bucket = unet, audio2token, audio2bucket
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What to compute in unless autocast says otherwise. A run may hold frozen weights of the UNet in half precision, and
+        that should not become the precision of its input; the adapters are always trained."""
+        return self.audio2token.norm.weight.dtype
+
     def velocity(
         self, x: Tensor, sigma: Tensor, portrait: Portrait, tokens: Tensor, buckets: Tensor, fps: Tensor
     ) -> Tensor:
         """x [B, F, C, H, W], sigma [B], tokens [B, F, K, D], buckets [B, 2], fps [B] -> v like x."""
-        frames, dtype = x.shape[1], self.unet.dtype
+        frames, dtype = x.shape[1], self.dtype
         scale = scalings(sigma)
         reference = portrait.latent[:, None].expand(-1, frames, -1, -1, -1)
         sample = torch.cat([x * per_clip(scale.into, x), reference], dim=2)

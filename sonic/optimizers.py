@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sonic.config import TrainingConfig
+
 # Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic that drives singular values towards 1
@@ -87,4 +89,14 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
+def make_optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """The optimizer that the flags name."""
+    settings = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
+    if config.optimizer == "muon":
+        return Muon(parameters, **settings)
+    if config.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit  # optional
+
+        return AdamW8bit(parameters, **settings)
+    # With fp16 the fused step itself leaves out what overflows, and accelerate would count such a step as done.
+    return torch.optim.AdamW(parameters, fused=config.mixed_precision != "fp16", **settings)

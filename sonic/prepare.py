@@ -1,6 +1,7 @@
 """A folder of videos to prepared clips: face tracks and audio features, cached, resumable, spread over processes.
 
 Stage 1 (worker processes, no torch): probe, check the sound, track the face. Stage 2 (this process): audio features.
+Several processes of one run each do their `Share` of the videos, and then all read the whole cache.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import av
@@ -48,10 +49,16 @@ class Clip:
     features: Path  # safetensors: the whole video's audio features, fp16 [2 * ticks, layers, width]
     width: int
     height: int
+    part_of: Clip | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_ticks(self) -> int:
         return len(self.boxes)
+
+    @property
+    def whole(self) -> Clip:
+        """The clip as it was prepared, if this is a part of one."""
+        return self.part_of or self
 
     @property
     def video(self) -> str:
@@ -62,7 +69,23 @@ class Clip:
         """The clip's ticks [first, last), counted from its own start."""
         start = self.start + first
         name = f"{self.video}@{start}"
-        return replace(self, name=name, start=start, boxes=self.boxes[first:last], landmarks=self.landmarks[first:last])
+        boxes, landmarks = self.boxes[first:last], self.landmarks[first:last]
+        return replace(self, name=name, start=start, boxes=boxes, landmarks=landmarks, part_of=self.whole)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of work that `count` processes do together: every count-th item, from the index-th on.
+
+    `gather` gives the items of all processes, in their order, and so waits for all; they are in one list.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[list], list] = list
+
+    def of(self, items: Sequence) -> list:
+        return list(items[self.index :: self.count])
 
 
 @dataclass
@@ -73,6 +96,11 @@ class Report:
     tracks_reused: int = 0
     features_made: int = 0
     features_reused: int = 0
+
+    @staticmethod
+    def sum(reports: Sequence[Report]) -> Report:
+        """The work of several processes together."""
+        return Report(*(sum(counts) for counts in zip(*(astuple(one) for one in reports), strict=True)))
 
 
 @dataclass
@@ -101,30 +129,53 @@ class PreparedData:
 
 
 def prepare(
-    data_root, cache_dir, extractor, *, num_frames: int, frame_step: int, num_workers: int = 0, progress: bool = True
+    data_root,
+    cache_dir,
+    extractor,
+    *,
+    num_frames: int,
+    frame_step: int,
+    num_workers: int = 0,
+    progress: bool = True,
+    share: Share | None = None,
 ) -> PreparedData:
     """Tracks and features for every video below `data_root`, from the cache where it has them; writes prepared.json.
 
     extractor: `sonic.audio.AudioExtractor`. A clip has at least num_frames * frame_step + 1 ticks: a window and a
-    reference frame. UserError, with the table: no video can be used.
+    reference frame. With a `share` this process makes what is missing of its own videos only, and waits for the others;
+    all get the same result. UserError, with the table: no video can be used.
     """
+    share = share or Share()
     data_root, cache_dir = Path(data_root), Path(cache_dir)
     videos = find_videos(data_root, cache_dir)
     if not videos:
         wanted = " ".join(sorted(VIDEO_SUFFIXES))
         raise UserError(f"{data_root} holds no video ({wanted}): give the folder of your videos with --data_root.")
     data = PreparedData()
-    _make_folder(cache_dir / "tracks")
-    entries = _track_all(data_root, videos, cache_dir / "tracks", num_workers, progress, data.report)
-
-    needed = num_frames * frame_step + 1
-    for name in tqdm(videos, desc="audio features", unit="video", disable=not progress):
+    tracks, features = cache_dir / "tracks", cache_dir / "features" / extractor.name
+    _make_folder(tracks)
+    own, needed = share.of(videos), num_frames * frame_step + 1
+    entries = _track_all(data_root, own, tracks, num_workers, progress, data.report)
+    outcomes = []
+    for name in tqdm(own, desc="audio features", unit="video", disable=not progress):
         video = entries[name]
-        if video.reason is None:
-            _add_clips(data, data_root / name, name, video, extractor, cache_dir, needed)
-        else:
-            data.left_out.append((name, video.reason))
-    _write(cache_dir / "prepared.json", _listing(data, videos, entries, extractor).encode())
+        reason = video.reason or _too_short(video, needed)
+        reason = reason or _listen(data_root / name, video, extractor, features, data.report)
+        outcomes.append((name, video.key, reason))
+
+    outcomes = {name: (key, reason) for name, key, reason in share.gather(outcomes)}
+    data.report = Report.sum(share.gather([data.report]))
+    for name in videos:
+        key, reason = outcomes.get(name, ("", None))
+        if reason is not None:
+            data.left_out.append((name, reason))
+            continue
+        video = entries[name] = entries.get(name) or _load_video(tracks / f"{key}.safetensors")
+        if video is None:  # another process has done it, elsewhere
+            raise UserError(f"another process's results are not in {cache_dir}: give one that all machines see.")
+        data.clips += _clips(data_root / name, name, video, features / f"{key}.safetensors", needed)
+    if share.index == 0:
+        _write(cache_dir / "prepared.json", _listing(data, videos, entries, extractor).encode())
     if not data.clips:
         raise UserError(f"No video in {data_root} can be used:\n{data.table()}")
     return data
@@ -351,31 +402,37 @@ def _plausible(video: _Video) -> bool:
 # ---------------------------------------------------------------------------------------------------- stage 2: features
 
 
-def _add_clips(
-    data: PreparedData, path: Path, name: str, video: _Video, extractor, cache_dir: Path, needed: int
-) -> None:
-    """The clips of one tracked video, with its features; or its row among those left out."""
-    tracks = [track for track in video.tracks if len(track[1]) >= needed]
-    if not tracks:
-        longest = max(len(boxes) for _, boxes, _ in video.tracks)
-        data.left_out.append(
-            (name, f"too short: {longest} ticks with a face and sound, needs {needed} ({TICK_RATE} per second)")
-        )
-        return
-    features = cache_dir / "features" / extractor.name / f"{video.key}.safetensors"
+def _long_enough(video: _Video, needed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    return [track for track in video.tracks if len(track[1]) >= needed]
+
+
+def _too_short(video: _Video, needed: int) -> str | None:
+    """The reason to leave a tracked video out, if no track is long enough."""
+    if _long_enough(video, needed):
+        return None
+    longest = max(len(boxes) for _, boxes, _ in video.tracks)
+    return f"too short: {longest} ticks with a face and sound, needs {needed} ({TICK_RATE} per second)"
+
+
+def _listen(path: Path, video: _Video, extractor, folder: Path, report: Report) -> str | None:
+    """Makes a video's features where the cache has none; the reason if it cannot be heard."""
+    features = folder / f"{video.key}.safetensors"
     if _features_fit(features, extractor, video.num_ticks):
-        data.report.features_reused += 1
-    else:
-        try:
-            speech = load_audio(path)
-        except UserError as error:  # gone or changed since its faces were tracked
-            data.left_out.append((name, str(error)))
-            return
-        _save_features(extractor, speech, features)
-        data.report.features_made += 1
-    data.clips += [
+        report.features_reused += 1
+        return None
+    try:
+        speech = load_audio(path)
+    except UserError as error:  # gone or changed since its faces were tracked
+        return str(error)
+    _save_features(extractor, speech, features)
+    report.features_made += 1
+    return None
+
+
+def _clips(path: Path, name: str, video: _Video, features: Path, needed: int) -> list[Clip]:
+    return [
         Clip(f"{name}@{start}", path, start, boxes, landmarks, features, video.width, video.height)
-        for start, boxes, landmarks in tracks
+        for start, boxes, landmarks in _long_enough(video, needed)
     ]
 
 

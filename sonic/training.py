@@ -1,4 +1,4 @@
-"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state, memory estimate.
+"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state.
 
 Everything random is drawn per sample from (seed, sample number), never from a global generator, and a run counts the samples
 it has seen. So a run that is cut and resumed, also with other numbers of workers or processes, goes through the same samples
@@ -9,34 +9,40 @@ Axes: B clips, F frames of a window, R pixels of a side, C H W latent channels, 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sonic.audio import LONG_LENGTH, SHORT_LENGTH, short_windows
-from sonic.checkpoints import Architecture, BaseModels, Checkpoint, save_model, save_released
+from sonic.audio import short_windows
+from sonic.checkpoints import BaseModels, training_checkpoints
 from sonic.config import Settings, TrainingConfig, UserError
-from sonic.denoiser import ClipBatch, Denoiser, Losses, Portrait, TrainingBatch, draw_sigma
+from sonic.dataset import SonicDataset
+from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.prepare import Clip
+from sonic.run_log import PROVENANCE, RunState
+from sonic.trainable import Trained
+from sonic.weights import remove_folder
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
 BUCKET_LOSS_WEIGHT = 0.05
-VAE_BATCH = 8  # frames that the frozen VAE encodes at once
-ADAM_BYTES = 8  # two fp32 moments per parameter
+
+# What torch.save says of a full disk, depending on where it meets the end of it.
+TORCH_CANNOT_WRITE = ("failed writing", "unexpected pos", "iostream error")
 
 
 # ---------------------------------------------------------------------------------------------- samples and noise
@@ -137,27 +143,53 @@ class EncodedClip(ClipBatch):
 
 
 class Encoders:
-    """The frozen VAE and CLIP encoder, which must already be on the training device."""
+    """The frozen VAE and CLIP encoder, which must already be on the training device, and the samples that they read."""
 
     def __init__(self, base: BaseModels, device: torch.device):
         self.base, self.device = base, device
 
+    def models(self) -> BaseModels:
+        """What a validation video is decoded with."""
+        return self.base
+
+    def dataset(self, clips: Sequence[Clip], config: TrainingConfig) -> SonicDataset:
+        """The samples that a call takes, collated."""
+        return SonicDataset(clips, clip_size=self.base.image_encoder.config.image_size, **sample_settings(config))
+
     @torch.no_grad()
     def __call__(self, samples: dict) -> EncodedClip:
         """Collated samples of `SonicDataset` -> latents [B, F, C, H, W] (scaled) and conditions."""
-        # Contiguous, as workers deliver them: another memory layout would round differently.
-        frames = samples["frames"].contiguous()
-        latents = [self.base.latents(part) for part in rearrange(frames, "b f c h w -> (b f) c h w").split(VAE_BATCH)]
-        latents = rearrange(torch.cat(latents), "(b f) c h w -> b f c h w", b=len(frames))
-        reference, clip = self.base.latents(samples["reference"]), self.base.embeddings(samples["clip_pixels"])
-        return EncodedClip(
-            latents=latents * self.base.vae.config.scaling_factor,
-            portrait=Portrait(reference, clip, samples["mask"].to(self.device)),
-            short_windows=samples["audio_windows"].to(self.device),
-            long_windows=samples["bucket_windows"].to(self.device),
-            buckets=samples["buckets"].to(self.device).float(),
-            fps=samples["fps"].to(self.device).float(),
-        )
+        frames = rearrange(samples["frames"], "b f c h w -> (b f) c h w")
+        latents = rearrange(encode_frames(self.base, frames), "(b f) c h w -> b f c h w", b=len(samples["frames"]))
+        latents = latents * self.base.vae.config.scaling_factor
+        reference, clip = encode_frames(self.base, samples["reference"]), self.base.embeddings(samples["clip_pixels"])
+        return encoded_clip(samples, latents, reference, clip, self.device)
+
+
+def encode_frames(base: BaseModels, frames: Tensor) -> Tensor:
+    """Pixels [n, 3, R, R] -> latents, not scaled, float32 [n, C, H, W], one by one: a frame's are then the same to the bit
+    whatever it is encoded with. Of several at once the kernels round otherwise, and on a CPU they take longer."""
+    # Contiguous, as workers deliver them: another memory layout would round differently too.
+    return torch.cat([base.latents(frame) for frame in frames.contiguous().split(1)])
+
+
+def encoded_clip(samples: dict, latents: Tensor, reference: Tensor, clip: Tensor, device: torch.device) -> EncodedClip:
+    """Collated samples and what the encoders made of their pictures: scaled latents [B, F, C, H, W], latents of the
+    reference [B, C, H, W], not scaled, and CLIP embeddings [B, E]."""
+    return EncodedClip(
+        latents=latents,
+        portrait=Portrait(reference, clip, samples["mask"].to(device)),
+        short_windows=samples["audio_windows"].to(device),
+        long_windows=samples["bucket_windows"].to(device),
+        buckets=samples["buckets"].to(device).float(),
+        fps=samples["fps"].to(device).float(),
+    )
+
+
+def sample_settings(config: TrainingConfig) -> dict:
+    """What a run's flags say of its samples, as `SonicDataset` takes it."""
+    names = ("num_frames", "frame_step", "resolution", "crop_per", "flip", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 def face_share(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -194,87 +226,7 @@ def audio_windows(clips: Sequence[Clip], count: int, seed: int) -> Tensor:
     return torch.cat(found)[:count]
 
 
-# ---------------------------------------------------------------------------------------------- run state
-
-
-@dataclass
-class RunState:
-    """How far a run is, with the sums behind the next log line: saved and restored with every checkpoint."""
-
-    step: int = 0
-    samples: int = 0  # seen by all processes together: the number of the next one
-    sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    # Of the time since the last log line, not part of the state: micro-batches, their seconds, those spent waiting for data.
-    timed: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def time(self, wait: float, whole: float) -> None:
-        """Counts a micro-batch's seconds."""
-        self.timed += 1
-        self.waited += wait
-        self.seconds += whole
-
-    def timing(self) -> tuple[float, float]:
-        """Seconds per micro-batch and the share of them spent waiting for data, since the last log line."""
-        timing = self.seconds / max(self.timed, 1), self.waited / max(self.seconds, 1e-9)
-        self.timed, self.seconds, self.waited = 0, 0.0, 0.0
-        return timing
-
-    def add(self, **values: float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-
-    def means(self) -> dict[str, float]:
-        """The means since the last call."""
-        means = {name: total / max(self.count, 1) for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "samples": self.samples, "sums": dict(self.sums), "count": self.count}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.samples = state["step"], state["samples"]
-        self.sums, self.count = dict(state["sums"]), state["count"]
-
-
-class Log:
-    """One JSON object per line in `log.jsonl`; lines beyond the step that a run resumes at are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        path.write_text("".join(f"{line}\n" for line in lines if self._up_to(line, step)))
-
-    @staticmethod
-    def _up_to(line: str, step: int) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except (json.JSONDecodeError, KeyError, TypeError):  # a kill may have cut it
-            return False
-
-    def write(self, step: int, values: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Opens the tracker that the flags name, which writes below the output folder. Raises UserError if it refuses."""
-    settings = {name: str(value) for name, value in vars(config).items()}
-    if config.report_to != "wandb":
-        accelerator.init_trackers("sonic", settings)
-        return
-    import wandb  # only a run that reports there needs it
-
-    try:
-        accelerator.init_trackers("sonic", settings, init_kwargs={"wandb": {"dir": config.output_dir}})
-    except wandb.errors.Error as error:
-        raise UserError(
-            f"wandb refuses to start ({error}): call `wandb login`, or set WANDB_MODE=offline, or use --report_to none"
-        ) from None
+# ---------------------------------------------------------------------------------------------- checkpoints of a run
 
 
 def resume_state(accelerator: Accelerator, folder: Path) -> None:
@@ -289,88 +241,42 @@ def resume_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def save_training_checkpoint(
-    folder: Path, accelerator: Accelerator, model: Denoiser, start: Checkpoint, state: RunState
+    folder: Path, accelerator: Accelerator, trained: Trained, state: RunState, made_of: dict
 ) -> None:
-    """Model in our form, in the released form, and all that a resumed run needs. Called by every process."""
-    if state.sums:  # each process has its own; all will resume with the mean
-        own = torch.tensor(list(state.sums.values()), dtype=torch.float64, device=accelerator.device)
-        state.sums = dict(zip(state.sums, accelerator.reduce(own, "mean").tolist(), strict=True))
+    """Model in our form, in the released form, all that a resumed run needs, and what the run is made of. Called by every
+    process."""
+    state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
     accelerator.save_state(str(folder / "state"), safe_serialization=True)
+    trained.save(folder, accelerator.is_main_process)
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model)
-        save_model(folder, plain, start)
-        save_released(folder / "released", plain)
+        (folder / PROVENANCE).write_text(json.dumps(made_of, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------- memory
+def keep_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Deletes a run's oldest checkpoints beyond the limit. The newest, which has just been written whole, always stays."""
+    for folder in training_checkpoints(output_dir)[: -limit if limit else 0]:
+        remove_folder(folder)
 
 
-def used_memory(device: torch.device) -> float:
-    """GB: the peak so far of the GPU's allocator, or what this process holds now on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
+@contextlib.contextmanager
+def saved_or_said(target: Path) -> Iterator[None]:
+    """Raises UserError, with the folder and what is left to resume from, when a checkpoint cannot be written."""
+    full_disk = (OSError, RuntimeError, SafetensorError)  # as Python, torch and safetensors tell of it
+    try:
+        yield
+    except full_disk as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_CANNOT_WRITE):
+            raise
+        kept = training_checkpoints(target.parent)
+        before = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+        free = shutil.disk_usage(target.parent).free / 1e9
+        raise UserError(
+            f"cannot write {target} ({str(error).splitlines()[0]}; {free:.1f} GB are free there): {before}; make room and "
+            "go on with --resume_from_checkpoint latest"
+        ) from error
 
 
-def estimate_memory(
-    architecture: Architecture, config: TrainingConfig, frozen: int
-) -> tuple[dict[str, float], dict[str, int]]:
-    """GB per process by part at the peak of a step, and parameter counts, before anything is loaded.
-
-    `frozen` is the number of the encoders' parameters. Activations are those that a real forward pass keeps for its
-    backward pass, counted on tensors without storage.
-    """
-    precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    frozen_bytes = frozen * (2 if config.mixed_precision == "bf16" else 4)
-    side = config.resolution // 8
-    clips, frames = config.train_batch_size * config.noise_draws, config.num_frames
-    saved: dict[int, int] = {}
-    with FakeTensorMode():
-        model = architecture.build()
-        model.unet.freeze_unused()
-        if config.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-                alive.append(tensor)
-            return tensor
-
-        alive: list[Tensor] = []
-        latent = torch.zeros(clips, frames, architecture.unet["out_channels"], side, side)
-        batch = TrainingBatch(
-            latents=latent,
-            portrait=Portrait(
-                latent[:, 0], torch.zeros(clips, architecture.clip_width), torch.zeros(clips, 1, side, side)
-            ),
-            short_windows=torch.zeros(clips, frames, SHORT_LENGTH, architecture.audio_layers, architecture.audio_width),
-            long_windows=torch.zeros(clips, frames, LONG_LENGTH, 1, architecture.audio_width),
-            buckets=torch.zeros(clips, 2),
-            fps=torch.zeros(clips),
-            keep_audio=torch.ones(clips),
-            keep_image=torch.ones(clips),
-            sigma=torch.ones(clips),
-            noise=latent,
-        )
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", precision, enabled=precision != torch.float32),
-        ):
-            total_loss(model(batch), batch.noise[:, :, 0])
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-    parts = {
-        "weights": 4 * parameters,
-        "gradients": 4 * trainable,
-        "optimizer": ADAM_BYTES * trainable,
-        "activations": sum(saved.values()),
-        "encoders": frozen_bytes,
-    }
-    sizes = {name: count / 1e9 for name, count in parts.items()}
-    return sizes, {"all": parameters, "trainable": trainable, "frozen encoders": frozen}
+# ---------------------------------------------------------------------------------------------- what is trained, and how long
 
 
 def optimizer_steps(config: TrainingConfig, clips: int, world: int) -> tuple[int, int]:
@@ -380,6 +286,7 @@ def optimizer_steps(config: TrainingConfig, clips: int, world: int) -> tuple[int
 
 
 def with_model_defaults(config: TrainingConfig, settings: Settings) -> TrainingConfig:
-    """Window length, frame step and resolution that no flag gave are the model's own."""
+    """Window length, frame step and resolution that no flag gave are the model's own; latents in a cache need clip squares."""
     own = {name: getattr(settings, name) for name in ("num_frames", "frame_step", "resolution")}
+    own["crop_per"] = "clip" if config.cache_latents else "window"
     return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})

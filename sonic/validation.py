@@ -15,7 +15,6 @@ from torch.utils.data import default_collate
 
 from sonic import media
 from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
-from sonic.dataset import SonicDataset
 from sonic.denoiser import Denoiser, TrainingBatch
 from sonic.pipeline import Animator, Speech, to_pictures
 from sonic.prepare import Clip
@@ -30,6 +29,7 @@ MEASURED_WITH = {
     "image_drop_prob": 0.0,
     "both_drop_prob": 0.0,
     "noise_draws": 1,
+    "flip": 0.0,
     "p_mean": P_MEAN,
     "p_std": P_STD,
 }
@@ -48,23 +48,13 @@ class Validation:
     def __init__(self, clips: list[Clip], config: TrainingConfig, settings: Settings, encoders: Encoders):
         self.config = replace(config, **MEASURED_WITH)
         self.settings, self.encoders, self.clips = settings, encoders, clips
-        samples = self._dataset(clips, settings.num_frames)
+        samples = encoders.dataset(clips, replace(self.config, seed=0))
         self.batches, self.names = [], []
         for number in range(WINDOWS):
             sample = samples[number]
             encoded = encoders(default_collate([sample]))
             self.batches.append((encoded, draw(self.config, [number], encoded.latents.shape[1:])))
             self.names.append(sample["name"])
-
-    def _dataset(self, clips: list[Clip], num_frames: int) -> SonicDataset:
-        return SonicDataset(
-            clips,
-            num_frames=num_frames,
-            frame_step=self.settings.frame_step,
-            resolution=self.settings.resolution,
-            clip_size=self.encoders.base.image_encoder.config.image_size,
-            seed=0,
-        )
 
     @torch.no_grad()
     def measure(self, model: Denoiser) -> dict[str, float]:
@@ -105,7 +95,8 @@ class Validation:
         clip = max(self.clips, key=lambda clip: clip.num_ticks)
         wanted = VIDEO_WINDOWS * self.settings.num_frames
         frames = min(wanted, (clip.num_ticks - 1) // self.settings.frame_step)
-        sample = self._dataset([clip], frames)[0]
+        samples = self.encoders.dataset([clip], replace(self.config, num_frames=frames, seed=0))
+        sample = samples[0]
         encoded = self.encoders(default_collate([sample]))
         audio2token = animator.denoiser.audio2token
         fps = TICK_RATE / self.settings.frame_step
@@ -114,7 +105,7 @@ class Validation:
         made = animator.animate(encoded.portrait, heard, self.settings, seed=0)
         if path is None:
             return
-        truth = to_pictures(sample["frames"])
+        truth = to_pictures(samples.frames(0))
         first, last = int(sample["ticks"][0]), int(sample["ticks"][-1]) + self.settings.frame_step
         speech = media.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
         beside = np.concatenate([truth, made], axis=2)

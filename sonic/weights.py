@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -101,6 +102,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def content_hash(path: Path) -> str:
+    """The sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remembered(memo: Path, folder: Path, stem: str, name: Callable[[Path], str]) -> str:
+    """What `name` calls a part's weights by their content, which takes a while: the JSON file `memo` keeps it.
+
+    It is asked anew when the weights' size or time has changed. Weights that are gone keep their name, so that a run whose
+    caches are full does without them; UserError if they never had one.
+    """
+    try:
+        known = json.loads(memo.read_text())
+    except (OSError, ValueError):  # none yet, or cut by a kill: it is made again
+        known = {}
+    entry = known.get(str(folder), {})
+    try:
+        path = find_weights(folder, stem)
+    except UserError:
+        if "name" in entry:
+            return entry["name"]
+        raise
+    status = path.stat()
+    stamp = [path.name, status.st_size, status.st_mtime_ns]
+    if entry.get("stamp") != stamp:
+        known[str(folder)] = entry = {"name": name(path), "stamp": stamp}
+        partial = memo.with_name(f".{memo.name}.{os.getpid()}.partial")
+        try:
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(known, indent=1) + "\n")
+            partial.replace(memo)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"'{memo}' cannot be written ({error.strerror}): give another --cache_dir") from error
+    return entry["name"]
+
+
 def load_strict(
     module: nn.Module, tensors: dict[str, Tensor], source: Path, dtype=torch.float32, missing_ok: str = ""
 ) -> None:
@@ -129,6 +171,21 @@ def load_strict(
     module.load_state_dict(tensors, strict=not missing_ok, assign=True)
 
 
+@torch.no_grad()
+def fill_strict(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path) -> None:
+    """Copies a file's tensors into parameters of the same names. Raises UserError if names or shapes differ."""
+    expected = {name: tuple(value.shape) for name, value in parameters.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(dict(expected.items() ^ found.items()))
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"'{source}' does not fit this model: tensor '{name}' has shape {found.get(name)}, expected {expected.get(name)}"
+        )
+    for name, value in parameters.items():
+        value.copy_(tensors[name])
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's state dict as safetensors takes it: on the CPU, contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
@@ -145,7 +202,7 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lamb
     try:
         if main:
             restore(old, path)
-            _remove(unfinished)
+            remove_folder(unfinished)
             unfinished.mkdir(parents=True)
         wait()
         yield unfinished
@@ -161,18 +218,21 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lamb
     finally:
         if main:
             restore(old, path)
-            _remove(unfinished)
+            remove_folder(unfinished)
 
 
 def restore(old: Path, path: Path) -> None:
     """Between two renames there is a moment without `path`; if that was the end, the old folder takes its name again."""
     if old.exists() and not path.exists():
         old.rename(path)
-    _remove(old)
+    remove_folder(old)
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder that may not exist. One with a visible name loses that first: a kill on the way leaves no half of it."""
     if folder.exists():
+        if not folder.name.startswith("."):
+            folder = folder.rename(folder.with_name(f".{folder.name}.deleted"))
         shutil.rmtree(folder)
 
 

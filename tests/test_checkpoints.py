@@ -11,7 +11,6 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from sonic.checkpoints import (
     PARTS,
-    count_base_parameters,
     create_whisper,
     load_base,
     load_whisper,
@@ -88,11 +87,10 @@ def test_whisper_as_transformers_saves_it(tmp_path):
         assert equal(load_whisper(tmp_path / folder).encoder, model.model.encoder)
 
 
-def test_base_is_frozen_and_counted(tiny):
+def test_base_is_frozen(tiny):
     base = load_base(tiny / "base")
     parameters = [parameter for part in (base.vae, base.image_encoder) for parameter in part.parameters()]
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in parameters)
-    assert count_base_parameters(tiny / "base") == sum(parameter.numel() for parameter in parameters)
 
 
 @pytest.mark.parametrize("part", PARTS)

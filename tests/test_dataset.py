@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_prepare import Loudness, clip
 
 from sonic.audio import long_windows, short_windows
-from sonic.dataset import SonicDataset, cut, inside, lip_mask, window_square
+from sonic.dataset import SonicDataset, clip_square, cut, inside, lip_mask, window_square
 from sonic.faces import square_crop, union_box
 from sonic.media import VideoReader, save_video
 from sonic.motion import motion_buckets
@@ -154,6 +154,66 @@ def test_few_files_are_open_at_once(clips):
     for number in range(12):
         dataset[number]
     assert len(dataset._readers) == 1
+
+
+def test_one_square_per_clip(clips):
+    """Windows and references of a clip, and of its parts, are cut alike: a tick has one picture, whatever it is drawn for."""
+    part = clips[0].part(10, 60)
+    square = window_square(clips[0].boxes, clips[0].width, clips[0].height)
+    assert clip_square(part) == clip_square(clips[0]) == square
+    dataset = SonicDataset([part], crop_per="clip", **SIZES)
+    seen = {}
+    for number in range(12):
+        _, window, reference = dataset._draw(number)
+        sample = dataset[number]
+        for tick, frame in [*zip(window.tolist(), sample["frames"], strict=True), (reference, sample["reference"])]:
+            assert torch.equal(seen.setdefault(tick, frame), frame)
+        assert torch.equal(dataset.frames(number), sample["frames"])
+    with VideoReader(part.path) as reader:
+        (picture,) = reader.read([part.start + tick])
+    expected = cv2.resize(cut(picture, square), (64, 64), interpolation=cv2.INTER_AREA) / 127.5 - 1
+    assert np.abs(seen[tick].permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("crop_per", ["window", "clip"])
+def test_mirrored_samples(clips, crop_per):
+    """All that is seen changes sides, all that is heard stays; who is mirrored follows from the number."""
+    plain, mirrored, some = (SonicDataset(clips, crop_per=crop_per, flip=share, **SIZES) for share in (0, 1, 0.3))
+    for number in range(4):
+        one, other = plain[number], mirrored[number]
+        for name in ("frames", "reference", "mask", "lips"):
+            assert torch.equal(one[name].flip(-1), other[name]), name
+        assert not torch.equal(one["frames"], other["frames"]) and not torch.equal(one["lips"], other["lips"])
+        # CLIP's pixels are resampled from the mirror image, which rounds otherwise.
+        assert torch.allclose(one["clip_pixels"].flip(-1), other["clip_pixels"], atol=0.02)
+        for name in ("audio_windows", "bucket_windows", "buckets", "fps", "ticks", "name"):
+            assert_same({name: one[name]}, {name: other[name]})
+        assert torch.equal(mirrored.frames(number), other["frames"])
+        assert_same(some[number], other if some._mirrored(number) else one)
+    assert 60 < sum(some._mirrored(number) for number in range(300)) < 120
+
+
+def test_a_mirror_image_moves_as_much(clips):
+    source = clips[0]
+    turned = source.landmarks * [-1, 1] + [source.width, 0]
+    pairs = [
+        *range(16, -1, -1),
+        *range(26, 16, -1),
+        *range(27, 31),
+        *range(35, 30, -1),
+        45,
+        44,
+        43,
+        42,
+        47,
+        46,
+        39,
+        38,
+        37,
+    ]
+    pairs += [36, 41, 40, *range(54, 47, -1), *range(59, 54, -1), *range(64, 59, -1), *range(67, 64, -1)]
+    assert sorted(pairs) == list(range(68))
+    assert motion_buckets(turned[:, pairs]) == pytest.approx(motion_buckets(source.landmarks), rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- squares

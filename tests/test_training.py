@@ -20,14 +20,12 @@ from sonic.dataset import SonicDataset
 from sonic.denoiser import Losses
 from sonic.media import VideoReader
 from sonic.prepare import hold_out, prepare
+from sonic.run_log import Log, RunState
 from sonic.training import (
     BUCKET_LOSS_WEIGHT,
     Encoders,
-    Log,
-    RunState,
     SampleNumbers,
     draw,
-    estimate_memory,
     lip_loss,
     loss_weight,
     optimizer_steps,
@@ -98,6 +96,7 @@ def test_a_run_leaves_what_it_promises(unbroken, tiny):
         "audio2token.safetensors",
         "audio2bucket.safetensors",
         "released",
+        "run.json",
         "state",
     }
     assert not same(weights(checkpoint), weights(tiny))
@@ -369,21 +368,6 @@ def test_log_drops_what_lies_ahead_and_what_was_cut(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.5}\n'
 
 
-def test_memory_estimate_follows_the_flags(tiny):
-    architecture = open_checkpoint(tiny).architecture
-    config = with_model_defaults(TrainingConfig(data_root="x"), open_checkpoint(tiny).settings)
-    plain, counts = estimate_memory(architecture, config, 1000)
-    parameters = sum(value.numel() for value in open_checkpoint(tiny).load().parameters())
-    assert counts["all"] == parameters and counts["trainable"] < parameters
-    assert plain["weights"] == pytest.approx(4e-9 * parameters)
-    twice, _ = estimate_memory(architecture, dataclasses.replace(config, train_batch_size=2), 1000)
-    assert twice["activations"] == pytest.approx(2 * plain["activations"], rel=0.1)
-    leaner, _ = estimate_memory(architecture, dataclasses.replace(config, gradient_checkpointing=True), 1000)
-    assert leaner["activations"] < 0.8 * plain["activations"]
-    half, _ = estimate_memory(architecture, dataclasses.replace(config, mixed_precision="bf16"), 1000)
-    assert half["activations"] < 0.8 * plain["activations"]
-
-
 @pytest.mark.parametrize(("frame_step", "shift"), [(1, 3), (2, 7)])
 def test_shift_of_a_run_follows_its_frame_rate(tiny, frame_step, shift):
     """SPEC.md section 5: 3 for 25 fps models, 7 for 12.5 fps as the released weights."""
@@ -499,7 +483,7 @@ def run_script(*arguments):
         ({"speed": "9"}, "unrecognized arguments: --speed"),
         ({"output_dir": "FILE/inside"}, "cannot write to output folder"),
         ({"learning_rate": "inf"}, "--learning_rate: must be a number"),
-        ({"learning_rate": "1e30"}, "the loss is nan at step 2"),
+        ({"learning_rate": "1e30"}, "the last 3 steps had losses or gradients that are no number"),
         ({"data_root": "EMPTY", "dry_run": True}, "holds no video"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -525,5 +509,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny, clips, cache, tmp_path,
 def test_the_script_itself_exits_with_2(tmp_path):
     finished = run_script("--data_root", tmp_path, "--model_path", "/nowhere", "--output_dir", tmp_path / "out")
     assert finished.returncode == 2
-    assert finished.stderr.startswith("error: checkpoint folder '/nowhere' does not exist")
-    assert len(finished.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+    lines = finished.stderr.splitlines()  # bitsandbytes, where it is installed, has a line of its own about CPUs
+    assert lines[-1].startswith("error: checkpoint folder '/nowhere' does not exist")
+    assert "Traceback" not in finished.stderr and not (tmp_path / "out").exists()
