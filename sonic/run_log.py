@@ -303,7 +303,7 @@ def plot_losses(trained: list[dict], checked: list[dict], path: Path) -> None:
 
     draw(losses, trained, "loss", "training", color="#a0aec0", lw=1)
     draw(losses, checked, "validation_loss", "validation", color="#2b6cb0", marker="o", ms=3)
-    bands = sorted({name for row in trained for name in row if name.startswith("loss_sigma")})
+    bands = dict.fromkeys(name for row in trained for name in row if name.startswith("loss_sigma"))  # in their order
     for name in bands:
         draw(levels, trained, name, name.removeprefix("loss_sigma_").replace("_", " "), lw=1)
     draw(gaps, checked, "audio_gap_sigma_1", "sigma 1", color="#2b6cb0", marker="o", ms=3)
