@@ -40,7 +40,7 @@ DIGEST = "base_sha256"
 def add_lora(unet: SonicUNet, rank: int) -> None:
     """Puts low-rank adapters beside the attention's projections. They start as zero: the output stays as it was."""
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer  # peft is optional
+    from peft.tuners.tuners_utils import BaseTunerLayer  # here, because only a run with LoRA needs it
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), unet, ADAPTER)
     for module in unet.modules():

@@ -16,7 +16,7 @@ SOURCES += [ROOT / name for name in ("sonic_training.py", "sonic_demo.py", "soni
 PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "dlib": "dlib-bin"}  # where they differ from the import
 # Named as text and not imported: faces.py looks up where the first lies, accelerate's tracker imports the second.
 BY_NAME = {"face_recognition_models", "tensorboard"}
-OPTIONAL = {"peft", "bitsandbytes"}  # a flag that needs one says how to get it
+OPTIONAL = {"bitsandbytes"}  # a flag that needs one says how to get it
 TOOLS = {"pytest", "ruff"}
 
 # A Python of version 3.{minor} in the folder $FAKES: it answers `-c` truly, and makes environments whose Python is a fake too.
