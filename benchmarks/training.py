@@ -181,7 +181,10 @@ class Ours(Plain):
         self.parameters = [value for value in self.model.parameters() if value.requires_grad]
         self.optimizer = make_optimizer(TrainingConfig(data_root="noise"), self.parameters)
         self.encoders = Encoders(models.base, models.device)
-        self.forward = self.model
+        self.forward, self.velocity = self.model, self.model.velocity
+        self.encoded = self.encoders(models.samples)
+        with torch.no_grad():
+            self.tokens = self.model.audio2token(self.encoded.short_windows)
 
     def encode(self) -> EncodedClip:
         return self.encoders(self.models.samples)
@@ -195,9 +198,11 @@ class Ours(Plain):
         self.update(self.loss(self.encode()))
 
     def call(self) -> None:
-        if not hasattr(self, "encoded"):
-            self.encoded = self.encode()
-        self.loss(self.encoded).backward()
+        models, draw, clip = self.models, self.models.draw, self.encoded
+        noise = draw.noise.to(models.device)
+        with models.autocast():
+            v = self.velocity(noise, draw.sigma.to(models.device), clip.portrait, self.tokens, clip.buckets, clip.fps)
+        (v.float() - noise).square().mean().backward()
 
 
 class AllOn(Ours):
@@ -207,11 +212,10 @@ class AllOn(Ours):
 
     def __init__(self, models: Models, ours: Ours):
         super().__init__(models, ours.model)
-        self.forward = torch.compile(self.model)
-        self.cached = ours.encode()
+        self.forward, self.velocity = torch.compile(self.model), torch.compile(self.model.velocity)
 
     def encode(self) -> EncodedClip:
-        return self.cached
+        return self.encoded
 
 
 def held(case: Plain) -> int:
