@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -75,6 +76,10 @@ class FaceTrack:
 # -------------------------------------------------------------------------------------------------------- in one picture
 
 
+# dlib's models keep what they are computing in themselves: two threads in one of them end the process.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 @lru_cache(maxsize=1)
 def _detector():
     return dlib.get_frontal_face_detector()
@@ -124,7 +129,8 @@ def face_descriptor(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
         dlib.rectangle(0, 0, near.shape[1] - 1, near.shape[0] - 1),
         dlib.points([dlib.point(round(float(x)), round(float(y))) for x, y in points]),
     )
-    return np.array(_recogniser().compute_face_descriptor(near, shape))
+    with _ONE_AT_A_TIME:
+        return np.array(_recogniser().compute_face_descriptor(near, shape))
 
 
 def landmark_box(landmarks: np.ndarray) -> np.ndarray:
@@ -141,7 +147,8 @@ def _resize(image: np.ndarray, scale: float) -> np.ndarray:
 
 def _detect(image: np.ndarray, score: float) -> list[np.ndarray]:
     """dlib's detector boxes (brows to chin) float [4] that score at least so much."""
-    rectangles, _, _ = _detector().run(image, 0, score)
+    with _ONE_AT_A_TIME:
+        rectangles, _, _ = _detector().run(image, 0, score)
     return [np.array([r.left(), r.top(), r.right() + 1, r.bottom() + 1], dtype=float) for r in rectangles]
 
 
@@ -149,7 +156,8 @@ def _predict(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Landmarks float [68, 2] for a detector box, predicted on the face at one fixed size."""
     near, corner, scale = _around(image, box, PREDICT_MARGIN, PREDICT_FACE)
     x0, y0, x1, y1 = (round(float(value)) for value in (box - np.tile(corner, 2)) * scale)
-    shape = _predictor()(near, dlib.rectangle(x0, y0, x1 - 1, y1 - 1))
+    with _ONE_AT_A_TIME:
+        shape = _predictor()(near, dlib.rectangle(x0, y0, x1 - 1, y1 - 1))
     points = np.array([(point.x, point.y) for point in shape.parts()], dtype=float)
     return (points + 0.5) / scale - 0.5 + corner
 

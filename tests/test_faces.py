@@ -1,5 +1,6 @@
 """Faces: found at any size, followed as one person, and the mask and crop of the released preprocessing."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -252,3 +253,12 @@ def test_no_face_and_truncated(tmp_path):
     (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="truncated"), VideoReader(tmp_path / "cut.mp4") as reader:
         track_face(reader)
+
+
+def test_threads_may_look_at_once():
+    """As visitors of the page do; dlib itself would end the process."""
+    pictures = [cv2.resize(frame, None, fx=size, fy=size) for frame in talking(1)[:4] for size in (1.0, 0.8)]
+    alone = [detect_faces(picture)[0].landmarks for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda picture: detect_faces(picture)[0].landmarks, pictures * 4))
+    assert all(np.array_equal(one, other) for one, other in zip(alone * 4, together, strict=True))
