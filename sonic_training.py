@@ -309,7 +309,7 @@ class Run:
         """What has been measured since the last one."""
         accelerator, state = self.accelerator, self.state
         seconds, wait = state.timing()
-        state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
+        state.share(accelerator)
         values = state.means() | {
             "grad_norm": self.norm if math.isfinite(self.norm) else None,
             "learning_rate": self.lr_scheduler.get_last_lr()[0],

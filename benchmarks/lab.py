@@ -56,6 +56,7 @@ from sonic.puppets import (
     render_clip,
     speech_to_mouth,
 )
+from sonic.run_log import read_log
 from sonic.weights import ROOT
 
 CLIPS, SECONDS = 24, 4.0
@@ -350,8 +351,7 @@ def run_name(folder: Path) -> str:
 
 def validations(folder: Path) -> list[dict]:
     """The lines of a run's log that hold a validation."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [plain(row) for row in log if "validation_loss" in row]
+    return [plain(row) for row in read_log(folder / "log.jsonl") if "validation_loss" in row]
 
 
 def numbers_file(work: Path, name: str) -> Path:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from sonic.checkpoints import create_checkpoint, open_checkpoint, save_model
 from sonic.config import PRESETS, SHIPPED, UserError
 from sonic.flags import run
+from sonic.run_log import read_log
 from sonic.weights import ROOT, atomic_folder
 
 # What decides how good the model gets, and how long it takes.
@@ -113,8 +114,7 @@ class Build:
             *("--resume_from_checkpoint", "latest", *options),
         )
         # Of all steps, also of those before an interruption, which the stage's own clock has not seen.
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        rates = [row["clips_per_second"] for row in log if "clips_per_second" in row]
+        rates = [row["clips_per_second"] for row in read_log(folder / "log.jsonl") if "clips_per_second" in row]
         clips = TRAINING["train_batch_size"] * TRAINING["logging_steps"]
         return {"seconds": round(sum(clips / rate for rate in rates)), "steps": STEPS}
 

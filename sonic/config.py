@@ -343,8 +343,6 @@ class TrainingConfig(Checked):
     ema_device: str = flag(
         "auto", "where the average is kept: auto (the training device) or cpu", one_of("auto", "cpu")
     )
-    cache_latents: bool = flag(False, "encode every clip once, ahead of training")
-
     audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE)
     image_drop_prob: float = flag(0.05, "share of samples without image (latent and CLIP)", SHARE)
     both_drop_prob: float = flag(0.05, "share of samples without both", SHARE)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,16 @@ from sonic.checkpoints import Checkpoint, open_checkpoint, save_index, save_mode
 from sonic.config import UserError
 from sonic.denoiser import Denoiser
 from sonic.unet import SonicUNet
-from sonic.weights import ROOT, atomic_folder, described_by, fill_strict, portable, read_json, read_tensors
+from sonic.weights import (
+    ROOT,
+    atomic_folder,
+    content_hash,
+    described_by,
+    fill_strict,
+    portable,
+    read_json,
+    read_tensors,
+)
 
 CONFIG, MATRICES = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 WHOLE = "trained_whole.safetensors"
@@ -35,6 +43,7 @@ ADAPTER = "default"
 TARGETS = r".*\.(attn1\.to_k|attn[12]\.(to_q|to_v|to_out\.0))"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 DIGEST = "base_sha256"
+digest = functools.cache(content_hash)  # of gigabytes, and at every save: taken once per process
 
 
 def add_lora(unet: SonicUNet, rank: int) -> None:
@@ -45,9 +54,8 @@ def add_lora(unet: SonicUNet, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), unet, ADAPTER)
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = (
-                False  # autocast sees to that; a copy in fp32 would be kept for every layer
-            )
+            # Autocast sees to that; a copy in fp32 would be kept for every layer.
+            module.cast_input_dtype_enabled = False
 
 
 def lora_matrices(unet: nn.Module) -> dict[str, Tensor]:
@@ -110,10 +118,9 @@ def open_lora(
         wanted = (file.metadata() or {}).get(DIGEST)
     with described_by(folder / CONFIG):
         found = [ROOT / config["base_model_name_or_path"]]
-    with contextlib.suppress(UserError):
-        found += (
-            [open_checkpoint(model_path, base_model, whisper_path, extractor).tensors["unet"]] if model_path else []
-        )
+    if model_path:
+        with contextlib.suppress(UserError):
+            found.append(open_checkpoint(model_path, base_model, whisper_path, extractor).tensors["unet"])
     for file in found:
         if file.is_file() and digest(file) == wanted:
             return replace(open_checkpoint(folder, base_model, whisper_path, extractor), tensors={"unet": file})
@@ -121,16 +128,6 @@ def open_lora(
         f"'{folder}' belongs to the UNet in '{found[0]}', which is missing or has changed: "
         "give the same model with --model_path"
     )
-
-
-@functools.cache
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content, taken once per process."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def load_merged(folder: Path, start: Checkpoint) -> Denoiser:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -92,11 +92,11 @@ class RunState:
             entry[0] += float(value.sum())
             entry[1] += len(value)
 
-    def share(self, reduce: Callable[[Tensor], Tensor]) -> None:
+    def share(self, accelerator: Accelerator) -> None:
         """Replaces the sums by those over all processes, each of which counts an equal part, so that the means are common."""
         if self.sums:
-            whole = reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist()
-            self.sums = dict(zip(self.sums, whole, strict=True))
+            own = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=accelerator.device)
+            self.sums = dict(zip(self.sums, accelerator.reduce(own, "mean").tolist(), strict=True))
 
     def means(self) -> dict[str, float | None]:
         """The means since the last call; None where nothing was counted."""

@@ -1,4 +1,5 @@
-"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, run state.
+"""What the training loop in `sonic_training.py` is made of: batches, noise, frozen encoders, losses,
+checkpoints of a run.
 
 Everything random is drawn per sample from (seed, sample number), never from a global generator, and a run counts the samples
 it has seen. So a run that is cut and resumed, also with other numbers of workers or processes, goes through the same samples
@@ -245,7 +246,7 @@ def save_training_checkpoint(
 ) -> None:
     """Model in our form, in the released form, all that a resumed run needs, and what the run is made of. Called by every
     process."""
-    state.share(lambda sums: accelerator.reduce(sums.to(accelerator.device), "mean"))
+    state.share(accelerator)
     accelerator.save_state(str(folder / "state"), safe_serialization=True)
     trained.save(folder, accelerator.is_main_process)
     if accelerator.is_main_process:
