@@ -67,6 +67,18 @@ def seed_start(start: Path, target: Path, seed: int) -> None:
             halve(folder / part)
 
 
+def make_start(name: str, start: Path, output: Path) -> Path:
+    """The folder a trial starts from, made if it needs one of its own."""
+    if name == "start":
+        return start
+    target = output / f"start-{name}"
+    if name == "usual":
+        usual_start(start, target)
+    else:
+        seed_start(start, target, int(name.removeprefix("seed-")))
+    return target
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path, help="work folder of a build, with start/ and clips/")
@@ -75,21 +87,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch, when several calls run side by side")
     arguments = parser.parse_args()
     build, output = arguments.build.resolve(), arguments.output.resolve()
-    starts = {"start": build / "start", "usual": output / "start-usual"}
-    usual_start(starts["start"], starts["usual"])
-    for seed in SEEDS:
-        starts[f"seed-{seed}"] = output / f"start-seed-{seed}"
-        seed_start(starts["start"], starts[f"seed-{seed}"], seed)
     environment = os.environ | KEEP_MEMORY
     if arguments.threads:
         environment["OMP_NUM_THREADS"] = str(arguments.threads)
     for name, (start, flags) in TRIALS.items():
         if arguments.only and not any(name.startswith(part) for part in arguments.only):
             continue
+        own_start = make_start(start, build / "start", output)
         folder = output / name.replace(" ", "-").replace(",", "")
         options = TRAINING | {"validation_steps": 50, "save_steps": STEPS, "max_train_steps": STEPS} | flags
         command = [
-            *(sys.executable, "sonic_training.py", "--model_path", starts[start], "--data_root", build / "clips"),
+            *(sys.executable, "sonic_training.py", "--model_path", own_start, "--data_root", build / "clips"),
             *("--output_dir", folder, "--cache_dir", output / f"cache-{start}", "--resume_from_checkpoint", "latest"),
         ]
         for flag, value in options.items():
