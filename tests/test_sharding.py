@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
@@ -111,3 +112,16 @@ def test_fsdp2_wraps_layers_that_exist(tiny):
     )
     whole = sum(value.numel() for value in model.parameters())
     assert wrapped > 0.7 * whole
+
+
+def test_frozen_weights_in_half_precision_are_sharded_as_well(tiny, clips, cache, tmp_path):
+    """FSDP2 shards a module's weights together; those of one attention are frozen in bf16 and trained in fp32."""
+    output = tmp_path / "output"
+    arguments = flags(
+        tiny, clips, cache, output, train_modules="audio", mixed_precision="bf16", max_train_steps=2, save_steps=2
+    )
+    code, printed = sharded("fsdp2", arguments, tmp_path)
+    assert code == 0, printed
+    before, after = weights(tiny), weights(output / "checkpoint-2")
+    changed = {name for name in after if not torch.equal(after[name].float(), before[name].float())}
+    assert changed and all("_ip." in name or "audio2" in name for name in changed)
