@@ -39,8 +39,9 @@ from sonic.checkpoints import Architecture, BaseModels
 from sonic.config import PRESETS, Preset, TrainingConfig
 from sonic.denoiser import per_clip, scalings
 from sonic.flags import run
-from sonic.memory import PRECISIONS, used_memory
+from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
+from sonic.trainable import PRECISIONS
 from sonic.training import Draw, EncodedClip, Encoders, total_loss
 
 MATRIX = 4096  # rows and columns of the product that the device's rate is measured with

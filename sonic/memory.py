@@ -29,7 +29,7 @@ from sonic.checkpoints import Architecture, BaseModels, Checkpoint, build_base
 from sonic.config import TrainingConfig, UserError
 from sonic.denoiser import Denoiser, Portrait, TrainingBatch
 from sonic.optimizers import AT_ONCE, is_matrix
-from sonic.sharding import PRECISIONS
+from sonic.trainable import PRECISIONS
 from sonic.training import total_loss
 
 MOMENT = 4  # bytes of one fp32 number that an optimizer remembers of a parameter

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from sonic.config import TrainingConfig, UserError
-
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
+from sonic.trainable import PRECISIONS
 
 
 def any_says(accelerator: Accelerator, said: bool) -> bool:

@@ -28,7 +28,7 @@ from sonic.weights import fill_strict, read_tensors
 
 # The modules of the UNet that are trained whole.
 WHOLE = {"all": SonicUNet, "attention": Attention, "audio": AudioCrossAttention, "lora": AudioCrossAttention}
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 LORA = "lora"  # in a checkpoint
 RAW = "state/raw.safetensors"  # what is trained, where the checkpoint's own weights are averages of it
 
@@ -68,12 +68,12 @@ def choose(model: Denoiser, config: TrainingConfig) -> None:
     for matrix in lora_matrices(unet).values():
         matrix.requires_grad_(True)
     unet.freeze_unused()
-    if config.train_modules == "all" or config.mixed_precision not in HALF:
+    if config.train_modules == "all" or config.mixed_precision == "no":
         return
     for parameter in unet.parameters():
         half = not parameter.requires_grad and parameter.ndim > 1
         # What stays is copied: fresh from a file, it would keep all of the file's content in memory.
-        parameter.data = parameter.data.to(HALF[config.mixed_precision]) if half else parameter.data.clone()
+        parameter.data = parameter.data.to(PRECISIONS[config.mixed_precision]) if half else parameter.data.clone()
 
 
 class Average:

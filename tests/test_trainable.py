@@ -131,7 +131,7 @@ def test_frozen_weights_in_half_precision_give_the_same_losses(parts, modules, m
     batch, noise = fixed_batch(parts)
 
     def gradients(half):
-        monkeypatch.setattr("sonic.trainable.HALF", {"bf16": torch.bfloat16} if half else {})
+        monkeypatch.setattr("sonic.trainable.PRECISIONS", {"bf16": torch.bfloat16 if half else torch.float32})
         torch.manual_seed(0)
         trained = Trained(start.load(), config, start, None, CPU)
         with torch.autocast("cpu", torch.bfloat16):
