@@ -19,6 +19,12 @@ BASE_MODEL = f"{CHECKPOINTS}/stable-video-diffusion-img2vid-xt"
 WHISPER = f"{CHECKPOINTS}/whisper-tiny"
 RELEASED = f"{CHECKPOINTS}/Sonic"
 SHIPPED = f"{CHECKPOINTS}/sonic-mini"
+DOWNLOADS = {
+    BASE_MODEL: f"hf download stabilityai/stable-video-diffusion-img2vid-xt --local-dir {BASE_MODEL}",
+    WHISPER: f"hf download openai/whisper-tiny --local-dir {WHISPER}",
+    RELEASED: f"hf download LeonJoe13/Sonic --include 'Sonic/*' --local-dir {CHECKPOINTS}",
+    SHIPPED: "bash scripts/quickstart.sh",
+}
 
 MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # motion buckets are multiplied by (SPEC.md section 5)
 
