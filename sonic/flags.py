@@ -260,8 +260,6 @@ class Parser(argparse.ArgumentParser):
 
     def _save(self, flags: argparse.Namespace, path: Path) -> None:
         """Writes what has been given or has a default, under the headings of --help."""
-        import yaml
-
         lines, savable = [f"# {self.prog} --config {path.name}"], self._flags()
         for group in self._action_groups:
             values = {
@@ -271,18 +269,18 @@ class Parser(argparse.ArgumentParser):
             }
             if values:
                 lines.append(f"\n# {group.title}")
-                for name, value in values.items():
-                    plain = json.loads(json.dumps({name: value}, default=str))
-                    lines.append(
-                        yaml.safe_dump(plain, default_flow_style=None, width=math.inf, allow_unicode=True).strip()
-                    )
+                # What JSON writes, YAML reads; and a word such as `no` stays a word.
+                lines += [
+                    f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}" for name, value in values.items()
+                ]
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise UserError(f"--save_config cannot write '{path}' ({error.strerror}): give another file") from None
 
 
@@ -296,7 +294,7 @@ def read_settings(path: Path, read_other: Callable[[Path], str | None] = lambda 
     try:
         import yaml
     except ImportError:
-        raise UserError("--config needs PyYAML: pip install -r requirements.txt") from None
+        raise UserError("--config needs PyYAML: pip install PyYAML") from None
     try:
         text = read_other(path) or path.read_text(encoding="utf-8-sig")
         # With all values as texts, a file means what the command line means: `no` is no boolean, 1e-5 is a number.
