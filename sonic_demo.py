@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     page.add_argument("--gradio", action="store_true", help="open the web page")
     page.add_argument("--share", action="store_true", help="with --gradio: a public address")
     page.add_argument(
-        "--doctor", action="store_true", help="check packages, weights, device, codecs, and animate five frames"
+        "--doctor", action="store_true", help="check packages, weights, device, codecs, and animate ten frames"
     )
     parser.add_config(SonicConfig)
     return parser.parse_args(arguments)
