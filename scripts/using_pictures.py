@@ -2,7 +2,7 @@
 
     python scripts/using_pictures.py --output docs/using
 
-Each strip has a row for each value: frames of the same second of speech, one after the other.
+Each strip has a row for each value: frames of the same speech, one after the other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STRIPS = {
     "audio-guidance": ("guidance_scale_audio", {"1": 1.0, "3": 3.0, "7": 7.0}),
     "seed": ("seed", {"seed 42": 42, "seed 1": 1, "seed 2": 2}),
 }
-BEGIN, SECONDS = 0.5, 1.0  # of the example speech: where it says something
+BEGIN, SECONDS = 0.5, 0.8  # of the example speech: where it says something; two windows
 SHOWN = 7  # frames of a row
 LABEL = 92  # pixels at the left of a row
 
