@@ -176,21 +176,25 @@ class Parser(argparse.ArgumentParser):
                 return group
         return self.add_argument_group(title)
 
-    def add_config(self, config: type) -> None:
-        """One flag for each field of a dataclass made of `flag`s."""
+    def add_config(self, config: type, only_given: bool = False) -> None:
+        """One flag for each field of a dataclass made of `flag`s. `only_given` leaves the others out of what is parsed."""
         title = "settings"
         for field in dataclasses.fields(config):
             title = field.metadata["group"] or title
             name, help, check = f"--{field.name}", field.metadata["help"].replace("%", "%%"), field.metadata["check"]
             group = self.group(title)
             if field.default is False:
-                group.add_argument(name, action="store_true", help=help)
+                absent = argparse.SUPPRESS if only_given else False
+                group.add_argument(name, action="store_true", default=absent, help=help)
                 continue
             required = field.default is dataclasses.MISSING
+            default = None if required else field.default
+            if only_given and default not in (None, ""):
+                help += f" (default: {_as_typed(default)})"
             group.add_argument(
                 name,
                 type=_argument(check),
-                default=None if required else field.default,
+                default=argparse.SUPPRESS if only_given else default,
                 required=required,
                 help=help,
                 metavar="PATH" if check is str else getattr(check, "metavar", "VALUE"),
@@ -265,7 +269,7 @@ class Parser(argparse.ArgumentParser):
             values = {
                 action.dest: getattr(flags, action.dest)
                 for action in group._group_actions
-                if action.dest in savable and getattr(flags, action.dest) not in (None, "")
+                if action.dest in savable and getattr(flags, action.dest, None) not in (None, "")
             }
             if values:
                 lines.append(f"\n# {group.title}")
@@ -344,6 +348,12 @@ def _argument(check: Callable) -> Callable:
 def config_from(config: type, arguments: argparse.Namespace) -> Any:
     """The dataclass, filled from the parsed flags of the same names."""
     return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
+
+
+def given(config: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parsed flags of a dataclass that was added with `only_given`, by name."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 class Terminated(KeyboardInterrupt):

@@ -11,7 +11,19 @@ import sonic_demo
 import sonic_training
 from sonic import evaluation, lora, puppets
 from sonic.config import SonicConfig, TrainingConfig
-from sonic.flags import Checked, Parser, Terminated, UserError, config_from, flag, json_result, number, one_of, run
+from sonic.flags import (
+    Checked,
+    Parser,
+    Terminated,
+    UserError,
+    config_from,
+    flag,
+    given,
+    json_result,
+    number,
+    one_of,
+    run,
+)
 
 
 @dataclass(frozen=True)
@@ -201,11 +213,11 @@ def test_without_pyyaml_config_says_what_to_install(tmp_path, monkeypatch):
 
 def test_saved_settings_load_again(tmp_path):
     saved = tmp_path / "new" / "soup.yaml"
-    given = cooked("--spoon", 4, "--book", "a: b #c", "--pots", 2, 5, "--vegan", "--save_config", saved)
+    first = cooked("--spoon", 4, "--book", "a: b #c", "--pots", 2, 5, "--vegan", "--save_config", saved)
     text = saved.read_text()
     assert "# tools" in text and "spoon: 4" in text and "salt: 0.0" in text and "config" not in text.split("\n", 1)[1]
     again = cooked("--config", saved)
-    assert {**vars(again), "config": None, "save_config": None} == {**vars(given), "config": None, "save_config": None}
+    assert {**vars(again), "config": None, "save_config": None} == {**vars(first), "config": None, "save_config": None}
     assert [path.name for path in saved.parent.iterdir()] == ["soup.yaml"]
     with pytest.raises(UserError, match="--save_config cannot write"):
         cooked("--save_config", saved / "below.yaml")
@@ -242,10 +254,25 @@ def test_saved_settings_of_both_scripts_load_again(tmp_path):
         (sonic_training.parse, ["--data_root", "videos", "--mixed_precision", "no", "--p_mean", "1.4,-0.2"]),
     ):
         file = str(tmp_path / f"{len(more)}.yaml")
-        given, again = parse([*more, "--save_config", file]), parse(["--config", file])
+        first, again = parse([*more, "--save_config", file]), parse(["--config", file])
         if parse is sonic_demo.parse:
-            given, again = ({**vars(flags), "config": None, "save_config": None} for flags in (given, again))
-        assert given == again
+            first, again = ({**vars(flags), "config": None, "save_config": None} for flags in (first, again))
+        assert first == again
+
+
+def test_only_what_is_given(tmp_path, monkeypatch, capsys):
+    """For flags that go over other settings: what nobody gave is not there, but --help and files know it."""
+
+    def parse(arguments):
+        parser = Parser("Cooks.")
+        parser.add_config(Kitchen, only_given=True)
+        return parser.parse_args([str(word) for word in arguments])
+
+    assert given(Kitchen, parse([])) == {}
+    assert given(Kitchen, parse(["--spoon", 3, "--vegan"])) == {"spoon": 3, "vegan": True}
+    assert given(Kitchen, parse(["--salt", 1, "--save_config", tmp_path / "salt.yaml"])) == {"salt": 1.0}
+    assert given(Kitchen, parse(["--config", tmp_path / "salt.yaml"])) == {"salt": 1.0}
+    assert "(default: 3)" in printed_help(parse, 100, monkeypatch, capsys)
 
 
 # ------------------------------------------------------------------------------------------------------- ends of a command
