@@ -73,7 +73,12 @@ def test_seeds(tiny, speech, tmp_path):
         return (tmp_path / name).read_bytes()
 
     assert made("a.mp4", "--seed", 0) == made("b.mp4", "--seed", 0)
-    assert made("c.mp4") != made("d.mp4", "--seed", 0)  # 0 is a seed, and not the default one
+    made("c.mp4")
+    pictures = []
+    for name in ("a.mp4", "c.mp4"):
+        with VideoReader(tmp_path / name) as reader:
+            pictures.append(reader.read([0]))
+    assert not np.array_equal(*pictures)  # 0 is a seed, and not the default one
 
 
 FLAGS = {
@@ -118,7 +123,11 @@ def test_face_box_and_crop_change_the_picture(tiny, speech, tmp_path):
     for number, more in enumerate(([], ["--face_box", "200,200,300,330"], ["--crop", "0.1"], ["--crop", "none"])):
         files.append(tmp_path / f"{number}.mp4")
         assert demo(tiny, "--image", PORTRAIT, "--audio", speech, "--output", files[-1], *more) == 0
-    assert len({file.read_bytes() for file in files}) == len(files)
+    pictures = set()
+    for file in files:
+        with VideoReader(file) as reader:
+            pictures.add(reader.read([0]).tobytes())
+    assert len(pictures) == len(files)
 
 
 def test_snippet_as_written(config, speech, tmp_path, monkeypatch):

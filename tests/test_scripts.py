@@ -13,7 +13,8 @@ from conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
 SOURCES = [*sorted(ROOT.glob("sonic/*.py")), *sorted(ROOT.glob("scripts/*.py"))]
 SOURCES += [ROOT / name for name in ("sonic_training.py", "sonic_demo.py", "sonic_implementation.py")]
-PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "dlib": "dlib-bin"}  # where they differ from the import
+# Where they differ from the import.
+PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "dlib": "dlib-bin", "yaml": "PyYAML"}
 # Named as text and not imported: faces.py looks up where the first lies, accelerate's tracker imports the second.
 BY_NAME = {"face_recognition_models", "tensorboard"}
 OPTIONAL = {"bitsandbytes"}  # a flag that needs one says how to get it

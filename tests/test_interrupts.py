@@ -1,0 +1,116 @@
+"""Ctrl-C and SIGTERM: no traceback, no half file, exit codes 130 and 143, in the demo, in training and in preparing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import soundfile
+from conftest import EXAMPLES, ROOT
+
+import sonic_demo
+import sonic_training
+from sonic import media, prepare
+from sonic.flags import run
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    path = tmp_path_factory.mktemp("speech") / "voice.wav"
+    samples, rate = soundfile.read(EXAMPLES / "audio.wav")
+    soundfile.write(path, samples[8000 : 8000 + 8 * 640], rate)
+    return path
+
+
+def ended(main, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: main([str(word) for word in arguments]))
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_the_demo_while_it_writes(tiny, speech, tmp_path, monkeypatch, capsys, number):
+    """The batch's second clip is stopped in the middle of its file: the first stays, nothing of the second is left."""
+    write, stopped = media.VideoWriter.write, []
+
+    def interrupted(self, frames):
+        write(self, frames[:1])
+        if self.path.name == "portrait_voice_2.mp4" and not stopped:
+            stopped.append(True)
+            signal.raise_signal(number)
+        write(self, frames[1:])
+
+    monkeypatch.setattr(media.VideoWriter, "write", interrupted)
+    portrait = EXAMPLES / "portrait.jpg"
+    arguments = [
+        "--checkpoint",
+        tiny,
+        "--image",
+        portrait,
+        portrait,
+        "--audio",
+        speech,
+        "--output",
+        tmp_path / "videos",
+    ]
+    assert ended(sonic_demo.main, [*arguments, "--num_inference_steps", 1, "--json"]) == CODES[number]
+    printed = capsys.readouterr()
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["portrait_voice.mp4"]
+    result = json.loads(printed.out)
+    assert len(result["clips"]) == 1 and result["failures"] == [] and result["error"]
+    assert "Traceback" not in printed.err and printed.err.strip().endswith(("interrupted", "terminated"))
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_training_before_its_loop(tiny, clips, tmp_path, monkeypatch, capsys, number):
+    """Inside the loop both signals save a checkpoint first; tests/test_nothing_lost.py has that."""
+    monkeypatch.setattr(sonic_training, "prepare_data", lambda *_: signal.raise_signal(number))
+    arguments = ["--model_path", tiny, "--data_root", clips, "--output_dir", tmp_path / "run", "--num_workers", 0]
+    assert ended(sonic_training.main, arguments) == CODES[number]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_workers_of_a_stopped_preparation_end_at_once():
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), prepare._pool(1) as pool:
+        job = pool.submit(time.sleep, 300)
+        while not job.running():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_real_signal(number, tmp_path):
+    """While the models are imported and loaded, which takes seconds."""
+    command = [sys.executable, ROOT / "sonic_demo.py", "--image", EXAMPLES / "portrait.jpg"]
+    command += [
+        "--audio",
+        EXAMPLES / "audio.wav",
+        "--output",
+        tmp_path / "o.mp4",
+        "--save_config",
+        tmp_path / "begun.yaml",
+    ]
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == CODES[number], err
+    assert out == "" and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["begun.yaml"]
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} {ROOT / 'sonic_demo.py'} --help | true"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ended.stderr == ""
