@@ -4,15 +4,18 @@
     python sonic_demo.py --checkpoint checkpoints/Sonic --image portrait.jpg --audio speech.wav --output output.mp4
     python sonic_demo.py --image faces/ --audio voice.wav --output videos/        # a folder; several files or a CSV work too
     python sonic_demo.py --gradio --share                                         # the web page
+    accelerate launch --num_processes 4 sonic_demo.py --image ... --audio ... --output ...       # several GPUs make one video
 
 Several images and several sounds go together one by one; a single one of either goes with all of the other. A CSV file has
-the columns `image` and `audio` and, if wanted, `output`, its paths seen from the CSV's folder.
+the columns `image` and `audio` and, if wanted, `output`, its paths seen from the CSV's folder. Several processes share the
+windows of a single video, and the videos of a batch.
 Exit codes: 0 all made; 1 some clips of a batch failed; 2 wrong flags or input; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -43,6 +46,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--face_box", help="X0,Y0,X1,Y1 in pixels of the portrait, or 'full' (default: the largest face is found)"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a long video whose making was interrupted (OUTPUT.partial/)"
+    )
     parser.add_argument("--gradio", action="store_true", help="open the web page instead")
     parser.add_argument("--share", action="store_true", help="with --gradio: a public address")
     parser.add_config(SonicConfig)
@@ -53,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parse(arguments)
     config = config_from(SonicConfig, flags)
     if flags.gradio:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("--gradio is served by one process: start it without accelerate launch")
         from sonic.webui import serve  # a machine that only animates needs no gradio
 
         return serve(config, share=flags.share)
@@ -64,29 +72,38 @@ def main(arguments: list[str] | None = None) -> int:
     from sonic import media
     from sonic.pipeline import SonicPipeline
     from sonic.portrait import find_face, parse_face_box
+    from sonic.processes import Processes
 
     face_box = parse_face_box(flags.face_box)
     if not batch:  # a batch names what is wrong clip by clip; a single clip before the models are loaded
         image = media.load_image(jobs[0].image)
         media.load_audio(jobs[0].audio)
         face_box = face_box or find_face(image, str(jobs[0].image))
-    pipeline = SonicPipeline(config)
+    processes = Processes.started(config.device)
+    pipeline = SonicPipeline(config, processes=processes.alone() if batch else processes)
     if not batch:
-        print(pipeline.generate_video(jobs[0].image, jobs[0].audio, jobs[0].output, face_box=face_box))
+        say = print if processes.main else lambda sentence: None
+        job = jobs[0]
+        made = pipeline.generate_video(
+            job.image, job.audio, job.output, face_box=face_box, resume=flags.resume, say=say
+        )
+        say(made)
         return 0
 
     failures = []
-    for number, job in enumerate(jobs, start=1):
+    for number, job in processes.share(list(enumerate(jobs, start=1))):
         print(f"[{number}/{len(jobs)}] {job.image} + {job.audio} -> {job.output}")
         try:
-            pipeline.generate_video(job.image, job.audio, job.output, face_box=face_box)
+            pipeline.generate_video(job.image, job.audio, job.output, face_box=face_box, resume=flags.resume, say=print)
         except Exception as error:  # whatever one clip runs into, the others go on; it is told and sets the exit code
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             failures.append(f"{job.image} + {job.audio}: {reason}")
             print(f"failed: {reason}", file=sys.stderr)
-    print(f"{len(jobs) - len(failures)} of {len(jobs)} clips made in {flags.output}")
-    for failure in failures:
-        print(f"  failed: {failure}")
+    failures = processes.collect(failures)
+    if processes.main:
+        print(f"{len(jobs) - len(failures)} of {len(jobs)} clips made in {flags.output}")
+        for failure in failures:
+            print(f"  failed: {failure}")
     return 1 if failures else 0
 
 
