@@ -262,9 +262,14 @@ class Animator:
                     unfinished.keep(x, step)
         return x
 
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The precision of the UNet."""
+        return self.denoiser.dtype
+
     def _not_finite(self, settings: Settings) -> str:
         """What to do about latents that are no numbers any more."""
-        if self.denoiser.dtype == torch.float16:
+        if self.computes_in == torch.float16:
             return "the latents hold NaN or infinity, which fp16 overflows to: use --dtype bf16, or fp32"
         scales = f"--guidance_scale_image {settings.guidance_scale_image}, --guidance_scale_audio "
         return (

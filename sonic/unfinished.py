@@ -34,7 +34,7 @@ class Unfinished:
         try:
             state = json.loads((self.folder / INDEX).read_text())
             latents = np.load(self.folder / LATENTS) if state["key"] == self.key else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):  # a file cut short is one of these, too
             self.say(f"nothing to resume in '{self.folder}': beginning anew")
             return None
         if latents is None:
