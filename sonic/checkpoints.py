@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from accelerate.hooks import SequentialHook
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,10 +73,12 @@ class BaseModels:
 
 def computing_device(model: torch.nn.Module) -> torch.device:
     """Where a model computes: where it lies, or where accelerate's hooks fetch its weights to."""
-    hook = getattr(model, "_hf_hook", None)
-    while isinstance(hook, SequentialHook):
-        hook = hook.hooks[-1]
-    return torch.device(getattr(hook, "execution_device", None) or model.device)
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return model.device
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sonic.denoiser import Portrait
 LONG = 1 << 28  # bytes of latents or tokens from which they are not kept on the device
 ROOM = 0.9  # share of the free memory that is used: the gaps between blocks take the rest
 # For passes that need not be counted: fp32 maps alive at once at full width and resolution. The real ones need fewer.
-UNET_MAPS, VAE_MAPS = 40, 1024
+UNET_MAPS, VAE_MAPS = 40, 1200
 
 
 @dataclass(frozen=True)

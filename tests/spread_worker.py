@@ -11,11 +11,10 @@ from sonic.config import SonicConfig
 from sonic.pipeline import SonicPipeline
 from sonic.processes import Processes
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    model, speech, output = sys.argv[1:]
-    processes = Processes.started("cpu")
-    pipeline = SonicPipeline(SonicConfig(checkpoint=model, device="cpu"), processes=processes)
+
+def animate(model, speech, output, processes):
+    """Latents, the first frames and the number of calls of the UNet, in OUTPUT.INDEX."""
+    pipeline = SonicPipeline(SonicConfig(checkpoint=str(model), device="cpu"), processes=processes)
     calls, velocity = [], pipeline.animator.denoiser.velocity
     pipeline.animator.denoiser.velocity = lambda *arguments: calls.append(1) or velocity(*arguments)
     portrait = Path(__file__).resolve().parent.parent / "examples/portrait.jpg"
@@ -25,3 +24,8 @@ if __name__ == "__main__":
         latents = pipeline._latents(job, None)
         frames = torch.from_numpy(next(pipeline.animator.decode(latents, 4)))
     torch.save({"latents": latents.clone(), "frames": frames, "calls": len(calls)}, f"{output}.{processes.index}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    animate(*sys.argv[1:], Processes.started("cpu"))
