@@ -4,11 +4,13 @@
     python sonic_demo.py --checkpoint checkpoints/Sonic --image portrait.jpg --audio speech.wav --output output.mp4
     python sonic_demo.py --image faces/ --audio voice.wav --output videos/        # a folder; several files or a CSV work too
     python sonic_demo.py --gradio --share                                         # the web page
+    accelerate launch --num_processes 4 sonic_demo.py --image ... --audio ... --output ...       # several GPUs make one video
     python sonic_demo.py --config output.mp4 --image other.jpg --audio speech.wav --output again.mp4   # its settings
     python sonic_demo.py --doctor                                                 # is all there that this needs?
 
 Several images and several sounds go together one by one; a single one of either goes with all of the other. A CSV file has
-the columns `image` and `audio` and, if wanted, `output`, its paths seen from the CSV's folder.
+the columns `image` and `audio` and, if wanted, `output`, its paths seen from the CSV's folder. Several processes share the
+windows of a single video, and the videos of a batch.
 
 --json prints one JSON object: of a clip `output`, `frames`, `fps`, `seconds`, `seed`, `settings`, `timings` (seconds), of a
 batch `clips` and `failures`, of --doctor `ok` and `checks`; where it ends early, `error`.
@@ -21,9 +23,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +59,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         metavar="BOX",
         help="X0,Y0,X1,Y1 in pixels of the portrait, or 'full' (default: the largest face is found)",
     )
+    files.add_argument(
+        "--resume", action="store_true", help="go on with a long video whose making was interrupted (OUTPUT.partial/)"
+    )
     files.add_argument("--json", action="store_true", help="print one JSON object as the result, all else to stderr")
     for title in (MODEL, MOTION, SAMPLING, PICTURE, SPEED):
         parser.group(title)
@@ -85,10 +92,13 @@ def main(arguments: list[str] | None = None) -> int:
     if flags.gradio:
         if flags.json:
             raise UserError("--json is the result of a clip: leave it away with --gradio, whose page has an API")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("--gradio is served by one process: start it without accelerate launch")
         from sonic.webui import serve  # a machine that only animates needs no gradio
 
         return serve(config, share=flags.share)
-    with json_result(flags.json) as result:
+    main_process = int(os.environ.get("RANK", 0)) == 0  # of those that accelerate started
+    with json_result(flags.json and main_process) as result:
         if flags.doctor:
             from sonic.doctor import examine
 
@@ -104,6 +114,7 @@ def animate(config: SonicConfig, flags: Namespace, result: dict) -> int:
     from sonic import media
     from sonic.pipeline import SonicPipeline
     from sonic.portrait import find_face, parse_face_box
+    from sonic.processes import Processes
 
     face_box = parse_face_box(flags.face_box)
     if not batch:  # a batch names what is wrong clip by clip; a single clip before the models are loaded
@@ -111,33 +122,40 @@ def animate(config: SonicConfig, flags: Namespace, result: dict) -> int:
         media.load_audio(jobs[0].audio)
         if not face_box:
             find_face(image, str(jobs[0].image))
+    processes = Processes.started(config.device)
     started = time.perf_counter()
-    pipeline = SonicPipeline(config)
+    pipeline = SonicPipeline(config, processes=processes.alone() if batch else processes)
     load = time.perf_counter() - started
-    warn_of_another_model(flags.config, pipeline.model)
+    if processes.main:
+        warn_of_another_model(flags.config, pipeline.model)
 
-    def make(job: Job) -> dict:
+    def make(job: Job, say: Callable[[str], None]) -> dict:
         started = time.perf_counter()
-        path = pipeline.generate_video(job.image, job.audio, job.output, face_box=face_box)
-        return describe(path) | {"timings": {"load": load, "animate": time.perf_counter() - started}}
+        pipeline.generate_video(job.image, job.audio, job.output, face_box=face_box, resume=flags.resume, say=say)
+        return {"load": load, "animate": time.perf_counter() - started}
 
     if not batch:
-        result.update(make(jobs[0]))
-        print(result["output"])
+        timings = make(jobs[0], print if processes.main else lambda sentence: None)
+        if processes.main:
+            result.update(describe(jobs[0].output) | {"timings": timings})
+            print(result["output"])
         return 0
 
-    result.update({"clips": [], "failures": []})
-    for number, job in enumerate(jobs, start=1):
+    clips, failures = [], []
+    for number, job in processes.share(list(enumerate(jobs, start=1))):
         print(f"[{number}/{len(jobs)}] {job.image} + {job.audio} -> {job.output}")
         try:
-            result["clips"].append(make(job))
+            timings = make(job, print)
+            clips.append(describe(job.output) | {"timings": timings})
         except Exception as error:  # whatever one clip runs into, the others go on; it is told and sets the exit code
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            result["failures"].append({"image": job.image, "audio": job.audio, "error": reason})
+            failures.append({"image": job.image, "audio": job.audio, "error": reason})
             print(f"failed: {reason}", file=sys.stderr)
-    print(f"{len(result['clips'])} of {len(jobs)} clips made in {flags.output}")
-    for failure in result["failures"]:
-        print(f"  failed: {failure['image']} + {failure['audio']}: {failure['error']}")
+    result["clips"], result["failures"] = processes.collect(clips), processes.collect(failures)
+    if processes.main:
+        print(f"{len(result['clips'])} of {len(jobs)} clips made in {flags.output}")
+        for failure in result["failures"]:
+            print(f"  failed: {failure['image']} + {failure['audio']}: {failure['error']}")
     return 1 if result["failures"] else 0
 
 

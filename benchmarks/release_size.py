@@ -58,6 +58,15 @@ def peak_of(command: list[str]) -> tuple[float, float, float]:
     return own / 1e9, touched / 1e9, time.perf_counter() - begin
 
 
+def make_folders(work: Path) -> None:
+    """Stable Video Diffusion's folder, work/base, and Whisper-tiny's, work/whisper, with random weights; once."""
+    torch.manual_seed(0)
+    for name, create in (("base", create_base), ("whisper", create_whisper)):
+        if not (work / name).is_dir():
+            with atomic_folder(work / name) as folder:
+                create(folder, PRESETS["svd-xt"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for models, data and run")
@@ -65,11 +74,7 @@ def main() -> None:
     parser.add_argument("--num_frames", type=int, default=8, help="(default: %(default)s; the real ones are 25)")
     flags = parser.parse_args()
     work = flags.work.resolve()
-    torch.manual_seed(0)
-    for name, create in (("base", create_base), ("whisper", create_whisper)):
-        if not (work / name).is_dir():
-            with atomic_folder(work / name) as folder:
-                create(folder, PRESETS["svd-xt"])
+    make_folders(work)
     data = work / "videos"
     data.mkdir(exist_ok=True)
     for name in CLIPS:

@@ -63,12 +63,22 @@ class BaseModels:
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels [n, 3, 8 H, 8 W] in -1..1 -> the mean of the VAE's posterior, *not* scaled, float32 [n, C, H, W]."""
-        return self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        return self.vae.encode(pixels.to(computing_device(self.vae), self.vae.dtype)).latent_dist.mode().float()
 
     def embeddings(self, clip_pixels: Tensor) -> Tensor:
         """Normalised pixels [n, 3, S, S] -> CLIP embeddings, float32 [n, E]."""
         encoder = self.image_encoder
-        return encoder(clip_pixels.to(encoder.device, encoder.dtype)).image_embeds.float()
+        return encoder(clip_pixels.to(computing_device(encoder), encoder.dtype)).image_embeds.float()
+
+
+def computing_device(model: torch.nn.Module) -> torch.device:
+    """Where a model computes: where it lies, or where accelerate's hooks fetch its weights to."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return model.device
 
 
 @dataclass(frozen=True)

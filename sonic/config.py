@@ -279,6 +279,28 @@ class SonicConfig(Checked):
         group=PICTURE,
     )
     frame_step: int | None = flag(None, "1 makes 25 frames per second, 2 makes 12.5", STEP)
+    decode_chunk_size: int | None = flag(
+        None,
+        "frames that the VAE decodes at once (default: the model's; SVD 8; fewer where memory does not hold them)",
+        POSITIVE,
+        group=SPEED,
+    )
+    offload: str = flag(
+        "none",
+        "none; model: UNet, VAE and CLIP encoder are on the device in turn; sequential: layer by layer, slow",
+        one_of("none", "model", "sequential"),
+    )
+    quantize: str = flag(
+        "none",
+        "none, or int8: the UNet's matrices with 8 bits, by torchao; changes the result a little",
+        one_of("none", "int8"),
+    )
+    fps: str = flag(
+        "native",
+        "frames per second: native (25 / frame_step), 25 or 50; those in between by motion compensation",
+        one_of("native", "25", "50"),
+        group=PICTURE,
+    )
     crop: float | str | None = flag(
         None, "cut a square around the face, grown by this share of it on each side (released: 0.5), or none", _crop
     )

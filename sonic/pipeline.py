@@ -6,20 +6,24 @@ Axes: N frames of the video, W frames of a window, K audio tokens, D their width
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from sonic import media, sampling
+from sonic import media
+from sonic.animator import Animator, LongTokens, OnProgress, Speech, Stage, Told
+from sonic.animator import Progress as Progress  # callers of `generate` take them from here
+from sonic.animator import to_pictures as to_pictures
 from sonic.audio import (
     AudioExtractor,
     check_features,
@@ -28,19 +32,27 @@ from sonic.audio import (
     long_windows,
     short_windows,
 )
-from sonic.checkpoints import BaseModels, load_base, load_whisper, open_checkpoint, whisper_folder
+from sonic.checkpoints import load_base, load_whisper, open_checkpoint, whisper_folder
 from sonic.config import MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
-from sonic.denoiser import Denoiser, Portrait
-from sonic.portrait import PortraitPixels, prepare_portrait
+from sonic.denoiser import Portrait
+from sonic.forecast import LONG, Forecast, Forecaster
+from sonic.interpolation import factor_for, interpolate, load_rife, rife_file
+from sonic.offload import bytes_to_come, place, quantized
+from sonic.portrait import prepare_portrait
+from sonic.processes import Processes
 from sonic.record import make_record, name_model, to_metadata
+from sonic.streaming import in_background
+from sonic.unfinished import Unfinished
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a pipeline is made of; everything else in SonicConfig may change from one call to the next.
-FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device", "dtype")
+FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device", "dtype", "offload", "quantize")
 TOKEN_BATCH = 256  # frames whose audio goes through the adapters at once
 
 ImageLike = str | Path | Image.Image | np.ndarray
-Progress = Callable[[int, int], None]  # UNet calls done, of how many
+
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -140,133 +152,41 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @dataclass
-class Speech:
-    """The spoken side of a condition: audio tokens [N, K, D], those of silence [K, D], motion buckets [N, 2], frames per second."""
+class Job:
+    """One video to make, its conditions ready: what the models are given, and what becomes of the frames."""
 
-    tokens: Tensor
-    silence: Tensor
-    buckets: Tensor
-    fps: float
+    still: Portrait
+    speech: Speech
+    settings: Settings
+    config: SonicConfig
+    factor: int  # pictures in the file per picture of the model
+    forecast: Forecast
+    record: dict  # how it is made, for the file
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    @property
+    def fps(self) -> float:
+        return self.speech.fps * self.factor
 
-
-def to_pictures(pixels: Tensor) -> np.ndarray:
-    """Pixels [n, 3, H, W] in about -1..1 -> uint8 [n, H, W, 3]."""
-    pictures = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pictures.permute(0, 2, 3, 1).cpu().numpy()
-
-
-class Animator:
-    """The models of a pipeline and what they do to tensors: conditions in, frames out. Training validates with it too."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        base: BaseModels,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ):
-        """Everything must already be on `device`. `autocast` is for the denoiser alone: the VAE overflows in fp16."""
-        self.denoiser, self.device, self.autocast = denoiser, device, autocast
-        self.base = base
-
-    def encode_portrait(self, portrait: PortraitPixels) -> Portrait:
-        """Reference latent [1, C, H, W] (the VAE's mode, not scaled), CLIP embedding [1, E] and face mask [1, 1, h, w]."""
-        return Portrait(
-            latent=self.base.latents(portrait.pixels[None]),
-            clip=self.base.embeddings(portrait.clip_pixels[None]),
-            mask=portrait.mask[None].to(self.device),
-        )
-
-    def branches(self, still: Portrait, speech: Speech) -> sampling.Branches:
-        """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
-        keep_image = torch.tensor([0.0, 1.0, 1.0], device=self.device)
-        stills = Portrait(still.latent.expand(3, -1, -1, -1), still.clip.expand(3, -1), still.mask).kept(keep_image)
-
-        def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
-            count = len(wanted)
-            seen = Portrait(stills.latent[wanted], stills.clip[wanted], stills.mask)
-            quiet = speech.silence.expand(len(indices), -1, -1)
-            heard = torch.stack([quiet, quiet, speech.tokens[indices]])[wanted]
-            bucket = speech.buckets[indices].mean(0).expand(count, -1)  # one pair per window: the mean of its frames'
-            rate = torch.full((count,), speech.fps, device=self.device)
-            clips = x.expand(count, -1, -1, -1, -1)
-            with self.autocast():
-                return self.denoiser.velocity(clips, sigma.expand(count), seen, heard, bucket, rate).float()
-
-        return velocities
-
-    def decode(self, latents: Tensor, chunk: int) -> Iterator[np.ndarray]:
-        """Latents [N, C, H, W] -> frames uint8 [n, 8 H, 8 W, 3], `chunk` at a time."""
-        for part in self.decode_pixels(latents, chunk):
-            yield to_pictures(part)
-
-    def decode_pixels(self, latents: Tensor, chunk: int) -> Iterator[Tensor]:
-        """Latents [N, C, H, W] -> pixels [n, 3, 8 H, 8 W] in about -1..1, `chunk` at a time."""
-        vae = self.base.vae
-        for part in latents.split(chunk):
-            part = (part / vae.config.scaling_factor).to(vae.dtype)
-            yield vae.decode(part, num_frames=len(part)).sample
-
-    def animate(
-        self,
-        still: Portrait,
-        speech: Speech,
-        settings: Settings,
-        seed: int,
-        on_progress: Progress | None = None,
-    ) -> np.ndarray:
-        """A portrait and speech for N frames -> frames uint8 [N, 8 H, 8 W, 3]."""
-        # Drawn on the CPU, so that a seed means the same on every device.
-        shape = (len(speech), *still.latent.shape[1:])
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        latents = self.latents(still, speech, noise, settings, on_progress)
-        return np.concatenate(list(self.decode(latents, settings.decode_chunk_size)))
-
-    def latents(
-        self,
-        still: Portrait,
-        speech: Speech,
-        noise: Tensor,
-        settings: Settings,
-        on_progress: Progress | None = None,
-    ) -> Tensor:
-        """The denoised latents [N, C, H, W] that start from `noise`, like them."""
-        sigmas = sampling.noise_levels(self.base.scheduler, settings.num_inference_steps).to(self.device)
-        velocities = self.branches(still, speech)
-        windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))
-        total, calls = windows * settings.num_inference_steps, count(1)
-
-        def counted(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
-            result = velocities(x, sigma, indices, wanted)
-            bar.update()
-            if on_progress is not None:
-                on_progress(next(calls), total)
-            return result
-
-        with tqdm(total=total, desc="denoising", unit="window", disable=None, leave=False) as bar:
-            *_, latents = sampling.sample(
-                counted,
-                still.latent * self.base.vae.config.scaling_factor + sigmas[0] * noise,
-                sigmas,
-                window=settings.num_frames,
-                overlap=settings.overlap,
-                shift_offset=settings.shift_offset,
-                image_scale=settings.guidance_scale_image,
-                audio_scale=settings.guidance_scale_audio,
-            )
-        return latents
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the pictures."""
+        height, width = self.still.latent.shape[-2:]
+        return 8 * width, 8 * height
 
 
 class SonicPipeline:
     """A loaded model. Calls do not change it: overrides hold for one call."""
 
-    def __init__(self, config: SonicConfig | None = None, audio_extractor: AudioExtractor | None = None):
-        """Loads the weights that the config names. `audio_extractor` is for models trained on other features than Whisper's."""
-        self.config = config or SonicConfig()
-        self.device = pick_device(self.config.device)
+    def __init__(
+        self,
+        config: SonicConfig | None = None,
+        audio_extractor: AudioExtractor | None = None,
+        processes: Processes | None = None,
+    ):
+        """Loads the weights that the config names. `audio_extractor` is for models trained on other features than Whisper's.
+        Several `processes` make each video together: all of them must make the same calls."""
+        self.config, self.processes = config or SonicConfig(), processes or Processes()
+        self.device = self.processes.device or pick_device(self.config.device)
         dtype = pick_dtype(self.config.dtype, self.device)
         if audio_extractor is None and self.config.audio_extractor:
             audio_extractor = load_extractor(self.config.audio_extractor)
@@ -275,19 +195,25 @@ class SonicPipeline:
         )
         self.settings = checkpoint.settings
         self.extractor = audio_extractor or load_whisper(checkpoint.whisper_path)
-        denoiser = checkpoint.load(dtype).eval().requires_grad_(False).to(self.device)
         self.model = name_model(
             self.config.checkpoint, checkpoint.tensors.get("audio2token", checkpoint.tensors["unet"])
         )
+        denoiser = checkpoint.load(dtype).eval().requires_grad_(False)
         # SVD's VAE overflows in fp16 (force_upcast in its configuration): bf16 or fp32 only.
         base = load_base(checkpoint.base_model, dtype, dtype if dtype == torch.bfloat16 else torch.float32)
-        self.animator = Animator(denoiser, base.to(self.device), self.device)
+        if self.config.quantize == "int8":
+            quantized(denoiser.unet)
+        offload = self.config.offload
+        to_come = bytes_to_come(denoiser, base, offload)
+        place(denoiser, base, self.device, offload)
+        self.animator = Animator(denoiser, base, self.device, processes=self.processes, previews=offload == "none")
+        self.forecaster = Forecaster(checkpoint.architecture, base.vae, dtype, self.device, to_come)
+        self._weights = [checkpoint.base_model, *checkpoint.tensors.values()]
 
     def extract_audio_features(self, audio: str | Path | np.ndarray) -> AudioFeatures:
         """Features of a sound file, or of speech [n] float32 at 16 kHz, as this model hears them."""
         return _extract(audio, self.extractor)
 
-    @torch.inference_mode()
     def generate(
         self,
         reference_image: ImageLike,
@@ -295,24 +221,109 @@ class SonicPipeline:
         num_frames: int | None = None,
         motion_buckets: dict[str, float] | None = None,
         face_box: str | tuple[float, float, float, float] | None = None,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
         **overrides,
     ) -> SonicVideo:
-        """Makes the portrait speak.
+        """Makes the portrait speak. All frames are in memory at the end; `generate_video` keeps no more than a few.
 
         Args:
             reference_image: path, PIL image, or an array in cv2's BGR order.
             audio_features: from `extract_audio_features`.
-            num_frames: at most this many frames; without it, as many as the speech has.
+            num_frames: at most this many frames of the model's; without it, as many as the speech has.
             motion_buckets: `translation` and/or `expression`, 0 to 127; what is absent is predicted.
             face_box: x0, y0, x1, y1 in pixels, or "full"; without it the largest face is found.
-            on_progress: called with the UNet calls done and their total.
+            on_progress: called with a `Progress` after every call of the UNet and every chunk of frames. What it raises ends
+                the call at once.
             overrides: any field of SonicConfig that is no part of the model, for this call alone.
 
-        Raises UserError for a portrait without a face and for values out of range.
+        Raises UserError for a portrait without a face, for values out of range, and for what does not fit into memory.
         """
-        config = self._config(overrides, motion_buckets)
+
+        def work() -> SonicVideo:
+            config = self._config(overrides, motion_buckets)
+            job = self._job(reference_image, audio_features, num_frames, face_box, config, kept_frames=True)
+            chunks = self.animator.decode(self._latents(job, on_progress), job.settings.decode_chunk_size, on_progress)
+            frames = np.concatenate(list(self._at_rate(job, chunks)))
+            return SonicVideo(frames, job.fps, audio_features.speech, job.record)
+
+        return self._within_memory(work)
+
+    def save_video(self, video: SonicVideo, output_path: str | Path) -> None:
+        """Writes H.264 with AAC sound."""
+        save_video(video, output_path)
+
+    def generate_video(
+        self,
+        image_path: ImageLike,
+        audio_path: str | Path,
+        output_path: str | Path,
+        num_frames: int | None = None,
+        motion_buckets: dict[str, float] | None = None,
+        face_box: str | tuple[float, float, float, float] | None = None,
+        on_progress: OnProgress | None = None,
+        resume: bool = False,
+        say: Callable[[str], None] = lambda sentence: None,
+        **overrides,
+    ) -> Path:
+        """From files to a file, of any length: frames are written while the next ones are decoded. Returns the output's path.
+
+        The other arguments are those of `generate`. A run of more than two minutes keeps its state in OUTPUT.partial/ until it
+        is done; `resume` goes on from there. `say` is told what the video will take, in sentences.
+        """
+        as_image(image_path)  # a broken picture is refused before the speech is listened to
+        output = Path(output_path)
+
+        def work() -> Path:
+            config = self._config(overrides, motion_buckets)
+            with Stage("listening", 1, "file", on_progress, show=False) as stage:
+                features = self.extract_audio_features(audio_path)
+                stage.advance()
+            job = self._job(image_path, features, num_frames, face_box, config)
+            say(str(job.forecast))
+            unfinished = Unfinished(output, self._key(job, features), resume, say)
+            job.record["audio"] = Path(audio_path).name  # of the folders it lay in, nothing is told
+            speech, told = features.speech, Told(on_progress, say)
+            del features
+            try:
+                self._write(job, output, speech, told, unfinished)
+            except Exception:
+                if told.stopped:
+                    unfinished.remove()
+                raise
+            if self.processes.main:
+                unfinished.remove()
+            return output
+
+        return self._within_memory(work)
+
+    def _within_memory(self, work: Callable[[], Result]) -> Result:
+        """Does the work; where the device's memory is too small for it, what it held is let go and a UserError says what to do."""
+        with torch.inference_mode():
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # only behind this block is everything let go that the exception's frames still hold
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        offloads = {"none": "--offload model, ", "model": "--offload sequential, "}
+        raise UserError(
+            f"the memory of {self.device} is full: use {offloads.get(self.config.offload, '')}--decode_chunk_size 1, "
+            "a lower --resolution, or close other programs that use it"
+        )
+
+    def _job(
+        self,
+        reference_image: ImageLike,
+        audio_features: AudioFeatures,
+        num_frames: int | None,
+        face_box: str | tuple[float, float, float, float] | None,
+        config: SonicConfig,
+        kept_frames: bool = False,
+    ) -> Job:
+        """The conditions of a video. Raises UserError for what cannot be made or does not fit into memory."""
         settings = self._settings(config)
+        factor = factor_for(config.fps, TICK_RATE / settings.frame_step)
         features = self._features(audio_features)
         if num_frames is not None:
             try:
@@ -331,6 +342,17 @@ class SonicPipeline:
         if len(ticks) == 0:
             raise UserError(f"the speech is shorter than one video frame of {settings.frame_step / TICK_RATE:.2f} s")
 
+        height, width = portrait.pixels.shape[-2:]
+        forecast = self.forecaster(
+            (height // 8, width // 8),
+            settings,
+            len(ticks),
+            TICK_RATE / settings.frame_step,
+            held=features.nbytes
+            + audio_features.speech.nbytes
+            + 3 * height * width * len(ticks) * factor * kept_frames,
+            chosen=config.decode_chunk_size is not None,
+        )
         still = self.animator.encode_portrait(portrait)
         speech = Speech(
             self.audio_tokens(features, ticks),
@@ -338,32 +360,66 @@ class SonicPipeline:
             self.motion_buckets(features, ticks, still.clip, config),
             fps=TICK_RATE / settings.frame_step,
         )
-        frames = self.animator.animate(still, speech, settings, config.seed, on_progress)
+        settings = dataclasses.replace(settings, decode_chunk_size=forecast.chunk)
         record = self._record(config, settings, reference_image, face_box)
-        return SonicVideo(frames, speech.fps, audio_features.speech, record)
+        return Job(still, speech, settings, config, factor, forecast, record)
 
-    def save_video(self, video: SonicVideo, output_path: str | Path) -> None:
-        """Writes H.264 with AAC sound."""
-        save_video(video, output_path)
+    def _latents(self, job: Job, on_progress: OnProgress | None, unfinished: Unfinished | None = None) -> Tensor:
+        noise = self.animator.start(job.still, len(job.speech), job.config.seed)
+        return self.animator.latents(job.still, job.speech, noise, job.settings, on_progress, unfinished)
 
-    def generate_video(
-        self, image_path: ImageLike, audio_path: str | Path, output_path: str | Path, **arguments
-    ) -> Path:
-        """From files to a file; `arguments` are those of `generate`. Returns the output's path."""
-        as_image(image_path)  # a broken picture is refused before the speech is listened to
-        features = self.extract_audio_features(audio_path)
-        video = self.generate(image_path, features, **arguments)
-        video.record["audio"] = Path(audio_path).name  # of the folders it lay in, nothing is told
-        save_video(video, output_path)
-        return Path(output_path)
+    def _at_rate(self, job: Job, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The model's frames -> as many per second as the call asks for."""
+        path = rife_file() if job.factor > 1 else None
+        between = load_rife(path, job.factor, self.device) if path else None
+        return interpolate(chunks, job.factor, between, job.speech.fps)
 
-    def audio_tokens(self, features: Tensor, ticks: Tensor) -> Tensor:
-        """Features of the whole speech -> audio tokens [N, K, D] of these ticks."""
+    def _write(self, job: Job, output: Path, speech: np.ndarray, told: OnProgress, unfinished: Unfinished) -> None:
+        """Denoises, decodes and writes; several processes compute, the main one writes."""
+        if not self.processes.main:
+            for _ in self.animator.decode(self._latents(job, None, unfinished), job.settings.decode_chunk_size):
+                pass
+            return
+        # Opened first: a folder that cannot be written to should be known before hours of work.
+        with media.VideoWriter(output, job.fps, *job.size, speech, to_metadata(job.record)) as writer:
+
+            def write(chunks: Iterator[np.ndarray]) -> None:
+                for part in self._at_rate(job, chunks):
+                    writer.write(part)
+
+            latents = self._latents(job, told, unfinished)
+            with in_background(write) as put:
+                for part in self.animator.decode(latents, job.settings.decode_chunk_size, told):
+                    put(part)
+
+    def _key(self, job: Job, features: AudioFeatures) -> str:
+        """A name for all that decides a video's latents."""
+        config = self.config
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._weights]
+        said = [
+            dataclasses.asdict(job.settings),
+            job.config.seed,
+            len(job.speech),
+            config.dtype,
+            config.quantize,
+            files,
+        ]
+        digest = hashlib.sha256(json.dumps(said).encode())
+        for tensor in (job.still.latent, job.still.clip, job.still.mask, job.speech.buckets, features.features):
+            digest.update(tensor.float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def audio_tokens(self, features: Tensor, ticks: Tensor) -> Tensor | LongTokens:
+        """Features of the whole speech -> audio tokens [N, K, D] of these ticks; made later if they are very many."""
         audio2token = self.animator.denoiser.audio2token
         dtype = audio2token.proj1.weight.dtype
-        return torch.cat(
-            [audio2token(short_windows(features, part).to(self.device, dtype)) for part in ticks.split(TOKEN_BATCH)]
-        )
+
+        def make(ticks: Tensor) -> Tensor:
+            return audio2token(short_windows(features, ticks).to(self.device, dtype))
+
+        if len(ticks) * audio2token.tokens * audio2token.token_width * dtype.itemsize > LONG:
+            return LongTokens(ticks, make)
+        return torch.cat([make(part) for part in ticks.split(TOKEN_BATCH)])
 
     def motion_buckets(self, features: Tensor, ticks: Tensor, clip: Tensor, config: SonicConfig) -> Tensor:
         """Translation and expression bucket per frame [N, 2]: predicted or given by hand, times the dynamic scale."""

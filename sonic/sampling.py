@@ -5,9 +5,9 @@ Axes: N frames of the video, W frames of a window, C H W latent channels, height
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
-import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from sonic.denoiser import denoised
 # (x [W, C, H, W], sigma scalar, frame indices, n of the three branches) -> their velocities [n, W, C, H, W].
 # Branch 0 has neither image nor audio, 1 has the image, 2 has both.
 Branches = Callable[[Tensor, Tensor, list[int], list[int]], Tensor]
+# (what to do with a window, the windows) -> each window with its result, in order; several processes may share the work.
+Spread = Callable[[Callable[[list[int]], Tensor], list[list[int]]], Iterable[tuple[list[int], Tensor]]]
 
 
 def noise_levels(scheduler: EulerDiscreteScheduler, steps: int) -> Tensor:
@@ -55,6 +57,11 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -
     return x + slope * (next_sigma - sigma)
 
 
+def one_by_one(work: Callable[[list[int]], Tensor], jobs: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """The `Spread` of a process that works alone."""
+    return ((job, work(job)) for job in jobs)
+
+
 def sample(
     branches: Branches,
     x: Tensor,
@@ -65,20 +72,31 @@ def sample(
     shift_offset: int = 0,
     image_scale: float | tuple[float, float] = 2.0,
     audio_scale: float | tuple[float, float] = 7.5,
+    first: int = 0,
+    spread: Spread = one_by_one,
 ) -> Iterator[Tensor]:
-    """Denoises x [N, C, H, W] (start latents plus sigmas[0] · noise) and yields it after every step; the last one is the result.
+    """Denoises x [N, C, H, W] (start latents plus sigmas[0] · noise) in place and yields it after every step.
 
     The windows' seams move by `shift_offset` frames per step; where windows overlap, their stepped latents are averaged.
+    `first` steps were made already. x is all that grows with the video: a frame is overwritten after its last window.
     """
     frames, steps = len(x), len(sigmas) - 1
-    for step in range(steps):
+    for step in range(first, steps):
         sigma, next_sigma = sigmas[step], sigmas[step + 1]
-        total, count = torch.zeros_like(x), torch.zeros(frames, 1, 1, 1, dtype=x.dtype, device=x.device)
         shares = branch_shares(ramp(image_scale, step, steps), ramp(audio_scale, step, steps))
-        for indices in windows(frames, window, overlap, step * shift_offset):
+        plan = windows(frames, window, overlap, step * shift_offset)
+        visits = Counter(index for indices in plan for index in indices)
+        left, sums = visits.copy(), {}
+
+        def stepped(indices: list[int], sigma=sigma, next_sigma=next_sigma, shares=shares) -> Tensor:
             velocities = branches(x[indices], sigma, indices, list(shares))
             v = sum(share * velocity for share, velocity in zip(shares.values(), velocities, strict=True))
-            total[indices] += euler_step(x[indices], v.to(x.dtype), sigma, next_sigma)
-            count[indices] += 1
-        x = total / count
+            return euler_step(x[indices], v.to(x.dtype), sigma, next_sigma)
+
+        for indices, result in spread(stepped, plan):
+            for index, latent in zip(indices, result, strict=True):
+                sums[index] = sums[index] + latent if index in sums else latent
+                left[index] -= 1
+                if not left[index]:
+                    x[index] = sums.pop(index) / visits[index]
         yield x

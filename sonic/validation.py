@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sonic import media
-from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
+from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig, UserError
 from sonic.denoiser import Denoiser, TrainingBatch
 from sonic.pipeline import Animator, Speech, to_pictures
 from sonic.prepare import Clip
@@ -102,7 +102,11 @@ class Validation:
         fps = TICK_RATE / self.settings.frame_step
         tokens, buckets = audio2token(encoded.short_windows)[0], encoded.buckets.expand(frames, -1)
         heard = Speech(tokens, audio2token.silence(), buckets, fps)
-        made = animator.animate(encoded.portrait, heard, self.settings, seed=0)
+        try:
+            made = animator.animate(encoded.portrait, heard, self.settings, seed=0)
+        except UserError as error:  # NaN, early in a run: no reason to end it
+            print(f"no sample video: {error}")
+            return
         if path is None:
             return
         truth = to_pictures(samples.frames(0))

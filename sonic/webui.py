@@ -20,7 +20,7 @@ import gradio as gr
 from PIL import Image
 
 from sonic.config import MOTION_SCALES, SEED, SonicConfig, UserError
-from sonic.pipeline import SonicPipeline, as_image
+from sonic.pipeline import Progress, SonicPipeline, as_image
 from sonic.portrait import find_face
 from sonic.weights import ROOT
 
@@ -45,10 +45,10 @@ def build(pipeline: SonicPipeline) -> gr.Blocks:
     ) -> tuple[str, str]:
         """Makes the portrait speak: the video, and a line that says what was made."""
 
-        def on_progress(done: int, total: int) -> None:
+        def on_progress(made: Progress) -> None:
             if not page.is_running:  # else Ctrl-C would wait for the whole video
                 raise _refusal("the page was closed")
-            progress((done, total), desc="Denoising" if done < total else "Drawing the frames", unit="steps")
+            progress((made.done, made.total), desc=made.stage.capitalize(), unit="steps")
 
         portrait_path, speech_path = _uploaded(portrait, "portrait"), _uploaded(speech, "speech")
         # A folder that nobody can guess, in the one place that gradio serves files from and cleans up.

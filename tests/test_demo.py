@@ -94,6 +94,8 @@ FLAGS = {
     "resolution": 128,
     "frame_step": 2,
     "crop": 0.1,
+    "decode_chunk_size": 2,
+    "fps": "50",
     "seed": 7,
     "guidance_ramp": (0.5, 6.0),
 }
@@ -158,10 +160,16 @@ def test_generate_video(pipeline, speech, tmp_path):
         image_path=str(PORTRAIT),
         audio_path=str(speech),
         output_path=str(tmp_path / "video.mp4"),
-        on_progress=lambda done, total: calls.append((done, total)),
+        on_progress=calls.append,
     )
     assert made.stat().st_size > 1000
-    assert calls == [(done, 4) for done in range(1, 5)]  # 8 frames are 2 windows, 2 steps
+    told = [(call.stage, call.done, call.total) for call in calls]
+    # 8 frames are 2 windows, 2 steps; decoded 4 at a time of which neighbours share 2, the last frames when all is done
+    denoising = [("denoising", done, 4) for done in range(1, 5)]
+    assert told == [("listening", 1, 1), *denoising, *[("decoding", done, 8) for done in (2, 4, 8)]]
+    assert calls[1].seconds_left > 0 and calls[4].seconds_left == 0
+    picture = calls[3].preview()
+    assert picture.dtype == np.uint8 and picture.shape == (64, 64, 3)
 
 
 def test_reference_latent_is_the_vaes_mode_unscaled(pipeline):

@@ -14,13 +14,12 @@ import sonic_training
 from sonic import memory
 from sonic.checkpoints import Architecture, Checkpoint, load_base, open_checkpoint
 from sonic.config import PRESETS, TrainingConfig, UserError
+from sonic.counting import Live, inside_kernel
 from sonic.memory import (
     Estimate,
     Estimator,
-    Live,
     empty_batch,
     flags_that_fit,
-    inside_kernel,
     surely_small,
     train_step,
     ways_to_save,
