@@ -374,16 +374,27 @@ class VideoWriter:
     """Writes H.264 + AAC (yuv420p, faststart) as a context manager; the file appears whole at the end or not at all.
 
     fps: 25, 12.5 ...; audio: float32 [samples] at 16 kHz, cut or padded with silence to the pictures' length. Odd sizes
-    repeat the last row or column. The same input gives the same bytes. UserError: the folder cannot be written to.
+    repeat the last row or column. crf: x264's, lower is better and larger. The same input gives the same bytes.
+    UserError: the folder cannot be written to.
     """
 
-    def __init__(self, path, fps: float, width: int, height: int, audio=None, metadata: dict[str, str] | None = None):
+    def __init__(
+        self,
+        path,
+        fps: float,
+        width: int,
+        height: int,
+        audio=None,
+        metadata: dict[str, str] | None = None,
+        crf: int = 18,
+    ):
         self.path = Path(path).absolute()
         self._partial = self.path.with_name(f".{self.path.stem}.partial{self.path.suffix or '.mp4'}")
         self._size = (width, height)
         self._fps = Fraction(fps).limit_denominator(1001)
         self._audio = None if audio is None else np.asarray(audio, dtype=np.float32).reshape(-1)
         self._metadata = metadata or {}
+        self._crf = crf
         self._frames = self._samples = 0
 
     def __enter__(self) -> VideoWriter:
@@ -408,7 +419,7 @@ class VideoWriter:
     def _add_streams(self) -> None:
         self._container.metadata.update(self._metadata)
         # Without cpu-independent, x264's macroblock tree gives other bytes from run to run for the same pictures.
-        options = {"crf": "18", "preset": "medium", "x264-params": "cpu-independent=1"}
+        options = {"crf": str(self._crf), "preset": "medium", "x264-params": "cpu-independent=1"}
         video = self._container.add_stream("libx264", rate=self._fps, options=options)
         video.width, video.height = (side + side % 2 for side in self._size)  # yuv420p halves both sides
         video.pix_fmt = "yuv420p"
