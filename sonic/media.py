@@ -15,6 +15,7 @@ import cv2
 import librosa
 import numpy as np
 import soundfile
+import soxr
 from av.video.reformatter import Interpolation
 from PIL import Image, ImageOps
 
@@ -99,9 +100,33 @@ def _finite(samples: np.ndarray, path: Path) -> np.ndarray:
     return np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def scan_audio(path) -> Iterator[np.ndarray]:
+    """The sound of a video as `load_audio` gives it, float32 [n] of about a second at a time, whatever its length.
+
+    Soxr works on a stream here: samples are those of `load_audio` to 1e-4, and as many. UserError: no sound in it.
+    """
+    heard = made = 0  # samples of the file's rate in, of ours out
+    resampler, rate = None, SAMPLE_RATE
+    for rate, block in _audio_blocks(_readable(path, "audio")):
+        resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+        resampled = resampler.resample_chunk(np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0))
+        heard, made = heard + len(block), made + len(resampled)
+        yield resampled
+    if resampler:
+        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        wanted = max(math.ceil(heard * SAMPLE_RATE / rate) - made, 0)
+        yield np.pad(rest[:wanted], (0, max(wanted - len(rest), 0)))
+
+
 def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
     """Mono float32 [samples] at the file's own rate through FFmpeg, laid out by time stamp (gaps are silence)."""
-    pieces, position = [], 0  # position: samples laid out so far
+    rates, pieces = zip(*_audio_blocks(path), strict=True)
+    return _finite(np.concatenate(pieces), path), rates[0]
+
+
+def _audio_blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """The same in blocks of about a second, each with the rate; at least one, which may be empty."""
+    tail, position, rate = np.zeros(0, np.float32), 0, 0  # position: samples laid out so far
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
@@ -122,19 +147,20 @@ def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
                         mono = mono[-starts_at:]
                     # Half a frame's slack: time stamps are coarser than samples, only real gaps are filled.
                     if starts_at - position > max(len(mono) // 2, rate // 100):
-                        pieces.append(np.zeros(starts_at - position, np.float32))
-                        position = starts_at
-                pieces.append(mono)
+                        mono = np.concatenate([np.zeros(starts_at - position, np.float32), mono])
+                tail = np.concatenate([tail, mono])
                 position += len(mono)
+                if len(tail) > rate + MAX_CODER_PADDING:
+                    yield rate, tail[:-MAX_CODER_PADDING]
+                    tail = tail[-MAX_CODER_PADDING:]
     except (av.error.FFmpegError, OSError) as error:
-        if not pieces:  # sound that breaks off is used up to there
+        if not position:  # sound that breaks off is used up to there
             raise UserError(f"{path} holds no readable audio ({_why(error)}): give a WAV, MP3, FLAC or MP4.") from error
-    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if stream.duration:  # coders fill their last block with silence, and the container knows the true end
         end = round((stream.duration * stream.time_base + start - zero) * rate)
-        if 0 < len(samples) - end < MAX_CODER_PADDING:
-            samples = samples[:end]
-    return _finite(samples, path), rate
+        if 0 < position - end < MAX_CODER_PADDING:
+            tail = tail[: max(len(tail) - (position - end), 0)]
+    yield rate, tail
 
 
 def _decode_what_can_be(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
