@@ -18,12 +18,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from sonic.config import SAMPLES_PER_TICK, UserError
-from sonic.media import VideoReader, load_audio
+from sonic.config import TICK_RATE, UserError
+from sonic.measuring import Measured
+from sonic.media import VideoReader
 from sonic.motion import mouth_opening
 from sonic.pieces import STEPS, Piece, Screening
 from sonic.report_page import page
-from sonic.sync import speech_energy
+from sonic.sync import POINT_RATE, at_ticks, levels_energy
 
 EXAMPLES = 50  # of kept pieces, and as many of dropped ones
 PICTURES = 6  # of an example
@@ -43,8 +44,8 @@ MEASURES = {
     "expression_bucket": "expression bucket",
 }
 
-# Gives boxes [T, 4] and landmarks [T, 68, 2] of a piece in the video's pixels, or None where no face was followed.
-Tracks = Callable[[Piece], tuple[np.ndarray, np.ndarray] | None]
+# Gives what was measured of a piece's file, or None where nothing was.
+Look = Callable[[Piece], Measured | None]
 
 
 @dataclass(frozen=True)
@@ -131,21 +132,19 @@ def choose(pieces: Sequence[Piece], count: int = EXAMPLES) -> list[Piece]:
 # ------------------------------------------------------------------------------------------------------------- examples
 
 
-def example(piece: Piece, data_root: Path, track: tuple[np.ndarray, np.ndarray] | None) -> Example:
+def example(piece: Piece, data_root: Path, measured: Measured | None) -> Example:
     """What of a piece can be seen and heard. Whatever is wrong with its file is told in place of it."""
     shown = Example(piece)
     if piece.num_ticks == 0:
         return replace(shown, trouble=piece.reason or "nothing could be read")
+    boxes, landmarks = _track(piece, measured)
+    if landmarks is not None:
+        shown = replace(shown, mouth=_thinned(mouth_opening(landmarks)))
+    if measured is not None and "speech" in measured.curves:
+        shown = replace(shown, speech=_thinned(_speech(piece, measured.curves["speech"])))
     try:
-        strip = _strip(piece, data_root / piece.video, track)
+        strip = _strip(piece, data_root / piece.video, boxes)
         shown = replace(shown, strip=_jpeg(strip), width=strip.shape[1])
-        if track is not None:
-            shown = replace(shown, mouth=_thinned(mouth_opening(track[1])))
-        speech = load_audio(data_root / piece.video)[piece.start * SAMPLES_PER_TICK :]
-        ticks = min(piece.num_ticks, len(speech) // SAMPLES_PER_TICK)
-        if ticks:
-            energy = speech_energy(speech[: ticks * SAMPLES_PER_TICK], ticks)
-            shown = replace(shown, speech=_thinned(np.pad(energy, (0, piece.num_ticks - ticks))))
     # The pieces that are shown are also those that were dropped because their files are broken.
     except (UserError, av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
         path = str((data_root / piece.video).absolute())
@@ -153,7 +152,23 @@ def example(piece: Piece, data_root: Path, track: tuple[np.ndarray, np.ndarray] 
     return shown
 
 
-def _strip(piece: Piece, path: Path, track: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+def _track(piece: Piece, measured: Measured | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Boxes [T, 4] and landmarks [T, 68, 2] over a piece, if a face was followed all through it."""
+    for start, boxes, landmarks in measured.tracks if measured else ():
+        first = piece.start - start
+        if first >= 0 and first + piece.num_ticks <= len(boxes):
+            return boxes[first : first + piece.num_ticks], landmarks[first : first + piece.num_ticks]
+    return None, None
+
+
+def _speech(piece: Piece, levels: np.ndarray) -> np.ndarray:
+    """Energy of the speech over a piece, [T] in 0..1, from its file's levels [P, 2]."""
+    points = POINT_RATE // TICK_RATE
+    own = levels[points * piece.start : points * (piece.start + piece.num_ticks) + 1].astype(float)
+    return at_ticks(levels_energy(own), piece.num_ticks) if len(own) else np.zeros(0)
+
+
+def _strip(piece: Piece, path: Path, boxes: np.ndarray | None) -> np.ndarray:
     """Pictures of a piece side by side, uint8 RGB [h, PICTURES * w, 3], with the face's box drawn in."""
     ticks = np.linspace(0, piece.num_ticks - 1, PICTURES).round().astype(int)
     pictures = {}
@@ -162,8 +177,8 @@ def _strip(piece: Piece, path: Path, track: tuple[np.ndarray, np.ndarray] | None
         for tick, picture in reader.frames(piece.start + ticks, max_side=PICTURE_SIDE):
             picture = picture.copy()
             tick -= piece.start
-            if track is not None and tick < len(track[0]):
-                x0, y0, x1, y1 = (round(float(value) * min(scale, 1)) for value in track[0][tick])
+            if boxes is not None:
+                x0, y0, x1, y1 = (round(float(value) * min(scale, 1)) for value in boxes[tick])
                 cv2.rectangle(picture, (x0, y0), (x1, y1), (255, 255, 255), 1)
             pictures[tick] = picture
     return np.hstack([pictures[int(tick)] for tick in ticks])
@@ -176,6 +191,8 @@ def _jpeg(picture: np.ndarray) -> bytes:
 
 def _thinned(curve: np.ndarray) -> list[float]:
     """A curve with no more points than can be seen; the peaks stay."""
+    if not len(curve):
+        return []
     pieces = np.array_split(np.nan_to_num(np.asarray(curve, dtype=float)), min(len(curve), CURVE_POINTS))
     return [round(float(piece.max()), 3) for piece in pieces]
 
@@ -184,7 +201,7 @@ def _thinned(curve: np.ndarray) -> list[float]:
 
 
 def write_report(
-    pieces: Sequence[Piece], screening: Screening, tracks: Tracks, data_root, folder, progress: bool = True
+    pieces: Sequence[Piece], screening: Screening, look: Look, data_root, folder, progress: bool = True
 ) -> Path:
     """Writes report.html and report.json into a folder, each whole or not at all; gives the page's path."""
     data_root, folder = Path(data_root), Path(folder)
@@ -197,7 +214,7 @@ def write_report(
     with tqdm(total=sum(map(len, sides.values())), desc="report", unit="piece", disable=not progress) as bar:
         for name, chosen in sides.items():
             for piece in chosen:
-                examples[name].append(example(piece, data_root, tracks(piece) if piece.num_ticks else None))
+                examples[name].append(example(piece, data_root, look(piece) if piece.num_ticks else None))
                 bar.update()
     listed = ("video", "start", "seconds", "kept", "step", "reason", "measure", "measured", "threshold")
     left_out = [piece for piece in pieces if piece.step is not None]
@@ -213,9 +230,7 @@ def write_report(
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}): give another --cache_dir") from error

@@ -13,9 +13,11 @@ import pytest
 from sonic.config import UserError
 from sonic.data_report import PICTURE_SIDE, choose, example, histogram, summary, write_report
 from sonic.faces import landmark_box
-from sonic.media import VideoReader
+from sonic.measuring import Measured
+from sonic.media import VideoReader, load_audio
 from sonic.pieces import Piece, Screening
 from sonic.report_page import LISTED, text
+from sonic.sync import speech_levels, speech_power
 
 DATA = Path(__file__).parent / "data"
 CLIP = "talking_head_2.mp4"
@@ -38,7 +40,7 @@ def broken(video="c.mp4") -> Piece:
     return Piece(video, 0, 0, False, "probe", "truncated")
 
 
-def no_track(piece: Piece) -> None:
+def nothing(piece: Piece) -> None:
     return None
 
 
@@ -79,7 +81,7 @@ def test_kept_and_dropped_are_counted_by_step():
 
 def test_annotated_pieces_are_kept_and_still_listed(tmp_path):
     piece = Piece("a.mp4", 0, 50, True, "sync", "no correlation", "sync_r", 0.05, 0.2, {"sync_r": 0.05})
-    page = write_report([piece], Screening(keep_all=True), no_track, tmp_path, tmp_path, progress=False).read_text()
+    page = write_report([piece], Screening(keep_all=True), nothing, tmp_path, tmp_path, progress=False).read_text()
     assert "sync (kept)" in page and "in spite of a step" in page
     assert json.loads((tmp_path / "report.json").read_text())["dropped_pieces"][0]["kept"] is True
 
@@ -102,7 +104,7 @@ def test_whole_numbers_have_one_bar_each():
 
 def test_what_was_never_measured_has_no_histogram_and_no_failure(tmp_path):
     assert histogram("face_size", [broken()])["edges"] == []
-    page = write_report([broken()], Screening(), no_track, tmp_path, tmp_path, progress=False).read_text()
+    page = write_report([broken()], Screening(), nothing, tmp_path, tmp_path, progress=False).read_text()
     assert "nothing was measured" in page and "There are none." in page
 
 
@@ -115,9 +117,11 @@ def test_examples_are_random_but_the_same_every_time():
 
 
 def test_an_example_shows_six_pictures_with_the_face_and_both_curves():
-    points = np.tile(np.random.default_rng(0).uniform(100, 200, (68, 2)), (60, 1, 1)).astype(np.float32)
-    points[:, 65:68, 1] += np.linspace(0, 50, 60)[:, None]  # a mouth that opens
-    seen = example(kept(CLIP, start=5, ticks=60), DATA, (landmark_box(points), points))
+    points = np.tile(np.random.default_rng(0).uniform(100, 200, (68, 2)), (80, 1, 1)).astype(np.float32)
+    points[:, 65:68, 1] += np.linspace(0, 50, 80)[:, None]  # a mouth that opens
+    levels = speech_levels(speech_power(load_audio(DATA / CLIP)[: 80 * 640], 80))
+    measured = Measured(tracks=[(0, landmark_box(points), points)], curves={"speech": levels})
+    seen = example(kept(CLIP, start=5, ticks=60), DATA, measured)
     strip = cv2.imdecode(np.frombuffer(seen.strip, np.uint8), cv2.IMREAD_COLOR)
     with VideoReader(DATA / CLIP) as reader:
         sides = (
@@ -145,6 +149,7 @@ def test_a_file_that_is_gone_or_broken_is_told_in_its_example(tmp_path):
 def test_the_page_is_one_file_that_no_name_can_harm(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
+    (tmp_path / "out").mkdir()
     name = WILD.replace("/", "_")
     shutil.copy(DATA / CLIP, data / name)
     pieces = [
@@ -152,7 +157,7 @@ def test_the_page_is_one_file_that_no_name_can_harm(tmp_path):
         dropped(name),
         dropped(WILD, step="<i>", measure="<u>"),
     ]
-    path = write_report(pieces, Screening(), no_track, data, tmp_path / "out", progress=False)
+    path = write_report(pieces, Screening(), nothing, data, tmp_path / "out", progress=False)
     content = path.read_text(encoding="utf-8")
     page = Page(content)
     assert page.open == [] and not {"script", "b>odd", "u", "link", "iframe"} & set(page.tags)
@@ -169,7 +174,7 @@ def test_text_spells_out_what_cannot_be_printed():
 
 def test_the_list_has_step_measure_and_threshold_and_an_end(tmp_path):
     pieces = [dropped(f"{number}.mp4", ticks=0) for number in range(LISTED + 2)]
-    content = write_report(pieces, Screening(), no_track, tmp_path, tmp_path, progress=False).read_text()
+    content = write_report(pieces, Screening(), nothing, tmp_path, tmp_path, progress=False).read_text()
     rows = [line for line in content.split("<tr>") if "the face is too small" in line and 'class="name"' in line]
     assert len(rows) == LISTED and f"of {LISTED + 2}; report.json lists all" in content
     cells = re.findall(r"<td[^>]*>([^<]*)", rows[0])
@@ -180,4 +185,4 @@ def test_the_list_has_step_measure_and_threshold_and_an_end(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--cache_dir"):
-        write_report([kept(ticks=0)], Screening(), no_track, tmp_path, tmp_path / "file", progress=False)
+        write_report([kept(ticks=0)], Screening(), nothing, tmp_path, tmp_path / "file", progress=False)
