@@ -25,14 +25,21 @@ from sonic.sync import HOP, speech_levels, speech_power
 SILENCE = -60.0  # dBFS; below lies the hiss of an empty track
 LOOK_EVERY = 5  # ticks between two looks at brightness and sharpness
 SECOND_EVERY = 25  # ticks between two looks for another face, and for borders
-SHOT_SIDE = 160  # pixels of the longer side, in which PySceneDetect compares pictures (it would shrink them to 256 itself)
+SHOT_SIDE = (
+    160  # pixels of the longer side, in which PySceneDetect compares pictures (it would shrink them to 256 itself)
+)
 LOOK_SIDE = 96  # pixels of a face whose sharpness is measured; smaller ones are not enlarged
 BORDER_DARK = 24  # of 255; a burnt-in border is darker
 BORDER_SPREAD = 8  # of 255; and as even
-BORDER_BEHIND = 0.5  # share of the first line behind a border that is not dark: a dark room has a face there and no edge
+BORDER_BEHIND = (
+    0.5  # share of the first line behind a border that is not dark: a dark room has a face there and no edge
+)
 
 STRETCH = 60 * SAMPLE_RATE  # samples that are measured at once
-CLIPPED, CLIPPED_SAMPLES = 0.98, 7  # full scale, and how many samples of a tick's 640 reach it only where they are cut off
+CLIPPED, CLIPPED_SAMPLES = (
+    0.98,
+    7,
+)  # full scale, and how many samples of a tick's 640 reach it only where they are cut off
 LINES, LINE_HERTZ = 2048, (100, 4000)  # samples of a spectrum that shows single tones, and where they are looked for
 LINES_SMOOTH = 31  # bins, 240 Hz: what is left when this is taken away are the tones
 LINES_APART = 8  # ticks, 0.32 s: longer than a spoken vowel holds its pitch
@@ -102,7 +109,9 @@ def _measure(path: Path) -> Measured:
         watcher = PictureWatcher()
         tracks = [found for track in track_face(reader, watcher.see) if (found := _cut(track, num_ticks))]
         curves |= watcher.curves()
-        curves = {name: np.asarray(curve[: curve_length(name, num_ticks)], np.float16) for name, curve in curves.items()}
+        curves = {
+            name: np.asarray(curve[: curve_length(name, num_ticks)], np.float16) for name, curve in curves.items()
+        }
         facts = {
             "fps": info.fps,
             "rotation": info.rotation,
