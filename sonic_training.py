@@ -33,13 +33,14 @@ from sonic.checkpoints import (
     load_base,
     training_checkpoints,
 )
-from sonic.config import TrainingConfig, UserError
-from sonic.flags import Parser, config_from, run
+from sonic.config import NO_CROP, TrainingConfig, UserError
+from sonic.flags import Parser, config_from, given, run
 from sonic.latents import CachedLatents, cache_latents, gb_per_hour
 from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
 from sonic.optimizers import make_optimizer
 from sonic.pipeline import Animator
-from sonic.prepare import Clip, PreparedData, Share, find_videos, hold_out, prepare
+from sonic.pieces import Screening
+from sonic.prepare import Clip, PreparedData, Share, find_videos, hold_out, prepare, screening_for
 from sonic.run_log import (
     TOO_MANY,
     Log,
@@ -81,14 +82,22 @@ WINDOWS_TO_FIT = 4096  # of audio features, for --init_audio2token
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
     """The command line as a checked configuration."""
+    return parse_all(arguments)[0]
+
+
+def parse_all(arguments: list[str] | None = None) -> tuple[TrainingConfig, Screening]:
+    """The same with the thresholds that decide which pieces of the videos are trained on."""
     parser = Parser(__doc__)
     parser.add_config(TrainingConfig)
-    config = config_from(TrainingConfig, parser.parse_args(arguments))
-    return dataclasses.replace(config, report_to="wandb") if config.use_wandb else config
+    parser.add_config(Screening, only_given=True)
+    parsed = parser.parse_args(arguments)
+    config = config_from(TrainingConfig, parsed)
+    config = dataclasses.replace(config, report_to="wandb") if config.use_wandb else config
+    return config, screening_for(given(Screening, parsed), cache_dir(config))
 
 
 def main(arguments: list[str] | None = None) -> int | None:
-    config = parse(arguments)
+    config, screening = parse_all(arguments)
     extractor = load_extractor(config.audio_extractor) if config.audio_extractor else None
     output_dir = Path(config.output_dir)
     resumed = checkpoint_to_resume(config, output_dir)
@@ -101,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int | None:
         check_resumable(config, resumed)
     start = open_start(config, resumed, extractor)
     config = with_model_defaults(config, start.settings)
-    start = for_this_run(start, config)
+    start = for_this_run(start, config, screening)
     if config.dry_run:
         return dry_run(config, start)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -111,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     accelerator = start_accelerator(config, start)
     with only_run_in(output_dir, accelerator.is_main_process):
         share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
-        clips = prepare_data(config, start, extractor, accelerator.device, share).clips
+        clips = prepare_data(config, screening, start, extractor, accelerator.device, share).clips
         half = half_precision(config)
         if config.cache_latents:
             encoders = cache_latents(
@@ -377,7 +386,7 @@ def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | Non
     return folder
 
 
-def for_this_run(start: Checkpoint, config: TrainingConfig) -> Checkpoint:
+def for_this_run(start: Checkpoint, config: TrainingConfig, screening: Screening) -> Checkpoint:
     """What the run's checkpoints will say of themselves."""
     settings = dataclasses.replace(
         start.settings,
@@ -386,7 +395,8 @@ def for_this_run(start: Checkpoint, config: TrainingConfig) -> Checkpoint:
         resolution=config.resolution,
         shift_offset=3 if config.frame_step == 1 else 7,  # SPEC.md section 5
         overlap=min(start.settings.overlap, config.num_frames - 1),
-        crop=0.5,  # training crops a square around the face, so animating should too
+        # Training crops a square around the face, so animating should too.
+        crop=None if screening.crop == NO_CROP else screening.crop_expand,
     )
     return dataclasses.replace(start, settings=settings)
 
@@ -431,7 +441,7 @@ def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
 
 
 def prepare_data(
-    config: TrainingConfig, start: Checkpoint, extractor, device: torch.device, share: Share
+    config: TrainingConfig, screening: Screening, start: Checkpoint, extractor, device: torch.device, share: Share
 ) -> PreparedData:
     """Tracks and audio features of every video, made or reused; prints what was left out and why."""
     cache = cache_dir(config)
@@ -441,6 +451,7 @@ def prepare_data(
         extractor or LazyWhisper(start.whisper_path, cache / "whisper.json", device),
         num_frames=config.num_frames,
         frame_step=config.frame_step,
+        screening=screening,
         num_workers=config.num_workers,
         progress=share.index == 0,
         share=share,

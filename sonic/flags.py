@@ -83,17 +83,18 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message} (--help lists all flags)", file=sys.stderr)
         raise SystemExit(2)
 
-    def add_config(self, config: type) -> None:
-        """One flag for each field of a dataclass made of `flag`s."""
+    def add_config(self, config: type, only_given: bool = False) -> None:
+        """One flag for each field of a dataclass made of `flag`s. `only_given` leaves the others out of what is parsed."""
         for field in dataclasses.fields(config):
             name, help = f"--{field.name}", field.metadata["help"].replace("%", "%%")
             if field.default is False:
-                self.add_argument(name, action="store_true", help=help)
+                absent = argparse.SUPPRESS if only_given else False
+                self.add_argument(name, action="store_true", default=absent, help=help)
                 continue
             if field.default not in (dataclasses.MISSING, None, ""):
                 help += f" (default: {field.default})"
             required = field.default is dataclasses.MISSING
-            default = None if required else field.default
+            default = argparse.SUPPRESS if only_given else None if required else field.default
             self.add_argument(
                 name, type=_argument(field.metadata["check"]), default=default, required=required, help=help
             )
@@ -114,6 +115,13 @@ def _argument(check: Callable) -> Callable:
 def config_from(config: type, arguments: argparse.Namespace) -> Any:
     """The dataclass, filled from the parsed flags of the same names."""
     return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
+
+
+def given(config: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parsed flags of a dataclass that was added with `only_given`, by name."""
+    return {
+        name: value for name, value in vars(arguments).items() if name in {f.name for f in dataclasses.fields(config)}
+    }
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -71,7 +71,7 @@ class Screening(Checked):
     shot_threshold: float = flag(
         27.0, "PySceneDetect's content value (0 to 255) from which a change of picture is a cut", LEVEL
     )
-    min_face: float = flag(80.0, "smallest face, in pixels of the video between chin and hairline", SIZE)
+    min_face: float = flag(64.0, "smallest face, in pixels of the video between chin and hairline", SIZE)
     max_second_face: float = flag(0.6, "size of another face, as a share of the speaker's, that is too much", SIZE)
     max_yaw: float = flag(40.0, "degrees that a head may be turned to the side", number(float, low=0, high=90))
     max_outside: float = flag(0.05, "share of the face that may lie outside the picture", SHARE)
@@ -87,13 +87,18 @@ class Screening(Checked):
         6.0, "decibels between the loudest and the quietest speech band levels: noise has few", SIZE
     )
     min_speech: float = flag(0.3, "share of ticks in which somebody speaks", SHARE)
-    max_music: float = flag(0.5, "likeness to music, 0 to 1: how much of the spectrum's lines stand still", SHARE)
-    min_sync_r: float = flag(0.2, "correlation of mouth and speech at the best offset (unless --syncnet_path)", SHARE)
-    min_sync_confidence: float = flag(
-        0.2, "how far that stands out from the other offsets; with --syncnet_path, SyncNet's own confidence", SIZE
+    max_music: float = flag(
+        0.3, "share of ticks within a second of sound whose tones stand still, as those of music do", SHARE
     )
-    max_sync_offset: int = flag(12, "ticks of 1/25 s that a sound may be shifted to fit the mouth", number(int, 0, 15))
+    min_sync_r: float = flag(0.2, "correlation of mouth and speech at the best offset", SHARE)
+    min_sync_confidence: float = flag(0.15, "how far that correlation stands out from those at other offsets", SIZE)
+    min_sync_seconds: float = flag(
+        8.0, "pieces that are shorter tell too little to be dropped for their sync: chance alone reaches 0.3", SIZE
+    )
     max_motion_bucket: float = flag(128.0, "windows with more motion are not sampled", SIZE)
+    max_path: float = flag(
+        1.0, "sides of the largest square of the picture that the face may go through in a piece", SIZE
+    )
     crop: str = flag(
         "face",
         "face trains on a square around the face, none on the largest square of the picture",

@@ -222,7 +222,7 @@ def audio_windows(clips: Sequence[Clip], count: int, seed: int) -> Tensor:
     rng, each, found = np.random.default_rng([seed, 0]), math.ceil(count / len(clips)), []
     for clip in clips:
         features = load_file(clip.features)["features"]
-        ticks = clip.start + rng.integers(clip.num_ticks, size=each)
+        ticks = clip.start - clip.offset + rng.integers(clip.num_ticks, size=each)
         found.append(short_windows(features, torch.from_numpy(ticks)))
     return torch.cat(found)[:count]
 
