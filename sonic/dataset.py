@@ -182,9 +182,14 @@ class SonicDataset(torch.utils.data.Dataset):
         if path not in self._readers:
             while len(self._readers) >= OPEN_READERS:
                 self._readers.popitem(last=False)[1].close()
-            self._readers[path] = VideoReader(clip.path)
+            self._readers[path] = VideoReader(clip.path, late=clip.late)
         self._readers.move_to_end(path)
         return self._readers[path]
+
+    def close(self) -> None:
+        """Lets go of the files that are open in this process."""
+        while self._readers:
+            self._readers.popitem()[1].close()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_readers": OrderedDict()}

@@ -48,7 +48,7 @@ def _readable(path, kind: str) -> Path:
     return path
 
 
-def _first_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+def first_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
     """The first stream that moves; cover art in a music file is a video stream too, and is none to us."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -56,9 +56,9 @@ def _first_video_stream(container: av.container.InputContainer) -> av.VideoStrea
     return None
 
 
-def _clock_zero(container: av.container.InputContainer, stream: av.stream.Stream) -> Fraction:
+def clock_zero(container: av.container.InputContainer, stream: av.stream.Stream) -> Fraction:
     """Time of second 0 of the shared clock: the first picture, or the first sample where there are no pictures."""
-    anchor = _first_video_stream(container) or stream
+    anchor = first_video_stream(container) or stream
     return (anchor.start_time or 0) * anchor.time_base
 
 
@@ -134,7 +134,7 @@ def _audio_blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
             stream = container.streams.audio[0]
             if stream.codec_context is None:
                 raise UserError(f"{path} holds sound in a format that cannot be decoded: convert it to AAC or WAV.")
-            zero, coder = _clock_zero(container, stream), stream.codec_context
+            zero, coder = clock_zero(container, stream), stream.codec_context
             rate = _checked_rate(coder.sample_rate, coder.channels, path)
             start = (stream.start_time or 0) * stream.time_base
             to_float = av.AudioResampler(format="fltp")
@@ -197,10 +197,12 @@ class VideoReader:
 
     Every tick shows the last picture whose time stamp is not after it. Seeks, so a read costs at most the way from the
     keyframe before it; `frames_decoded` counts. Holds one open file: use as a context manager. UserError: no video.
+    late: seconds from the first picture to tick 0, for files that were cut out of a longer one between two of its ticks.
     """
 
-    def __init__(self, path, threads: int = 1):
+    def __init__(self, path, threads: int = 1, late: Fraction | int = 0):
         self.path = _readable(path, "video")
+        self._late = Fraction(late)
         self.frames_decoded = 0
         try:
             self._container = av.open(str(self.path))
@@ -215,13 +217,13 @@ class VideoReader:
             raise
 
     def _open_stream(self, threads: int) -> None:
-        stream = _first_video_stream(self._container)
+        stream = first_video_stream(self._container)
         if stream is None:
             raise UserError(f"{self.path} has no video stream: give a file with moving pictures.")
         if stream.codec_context is None:
             raise UserError(f"{self.path} holds pictures in a format that cannot be decoded: convert it to H.264.")
         self._stream = stream
-        self._zero = _clock_zero(self._container, stream)
+        self._zero = clock_zero(self._container, stream) + self._late
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
         index = stream.index_entries
@@ -248,7 +250,7 @@ class VideoReader:
         """Seconds of pictures. Matroska knows only the whole file's, which may be a longer sound's: look at the end."""
         stream, container = self._stream, self._container
         if stream.duration:
-            return float(stream.duration * stream.time_base)
+            return float(stream.duration * stream.time_base - self._late)
         promised = Fraction(container.duration or 0, av.time_base) + Fraction(container.start_time or 0, av.time_base)
         ends = {stream.index: self._zero}
         try:

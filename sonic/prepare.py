@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -61,6 +62,9 @@ class Clip:
     )
     expand: float = 0.5  # margin of the square around the face, in its sizes (released: 0.5)
     max_bucket: float = 128.0  # windows with more motion are not sampled
+    late: Fraction = Fraction(
+        0
+    )  # seconds from the file's first picture to its tick 0, in what was cut from a longer one
     part_of: Clip | None = field(default=None, repr=False, compare=False)
 
     @property
