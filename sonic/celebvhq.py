@@ -12,22 +12,31 @@ import math
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
+import numpy as np
 from tqdm import tqdm
 
 from sonic.config import SAMPLES_PER_TICK, TICK_RATE, UserError
-from sonic.media import VideoReader, VideoWriter, load_audio
+from sonic.media import VideoReader, VideoWriter, scan_audio
+from sonic.track_cache import make_folder
+
+if TYPE_CHECKING:
+    from sonic.prepare import Share
 
 MARGIN = 0.02  # of the picture, on each side of the annotated box
 OVERRUN = TICK_RATE // 2  # ticks that a clip may reach beyond the end of its video, which differs from copy to copy
 CRF = 12  # x264's; what it loses of an already compressed video is not seen, at two to three times the size of 18
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")  # of a clip: it becomes a file's name
+
+# What readers, decoders and writers raise on files that are no use.
+BROKEN = (UserError, av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,13 @@ def clip_box(box: Sequence[float], width: int, height: int) -> tuple[int, int, i
 
 
 def cut_clips(
-    info, data_root, videos: Sequence[str], folder, num_workers: int = 0, progress: bool = True
+    info, data_root, videos: Sequence[str], folder, share: Share, num_workers: int = 0, progress: bool = True
 ) -> list[tuple[str, str]]:
     """Cuts all clips of an annotation file out of `videos` (paths below data_root) into FOLDER/ID.mp4.
 
     Gives the name and the reason of each clip that cannot be cut. What an earlier call has cut stays; each file appears
-    whole or not at all, so that several calls may work side by side. UserError: the annotations, or a folder to write to.
+    whole or not at all, so that several calls may work side by side. Of several processes each cuts its share of the videos,
+    and waits for the others. UserError: the annotations, or a folder to write to.
     """
     data_root, folder = Path(data_root), Path(folder)
     clips, left_out = read_annotations(info)
@@ -101,17 +111,15 @@ def cut_clips(
             by_video.setdefault(clip.video, []).append(clip)
         else:
             left_out.append((clip.name, f"{clip.video} is not among the videos"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give another --cache_dir") from error
+    make_folder(folder)
     tasks = [(raw[video], sorted(own, key=lambda clip: clip.start), folder) for video, own in by_video.items()]
-    total = sum(len(own) for own in by_video.values())
+    tasks, uncut = share.of(tasks), []
+    total = sum(len(own) for _, own, _ in tasks)
     with tqdm(total=total, desc="CelebV-HQ clips", unit="clip", disable=not progress) as bar:
         for outcomes in _run(tasks, num_workers):
-            left_out += [(name, reason) for name, reason in outcomes if reason]
+            uncut += [(name, reason) for name, reason in outcomes if reason]
             bar.update(len(outcomes))
-    return left_out
+    return left_out + share.gather(uncut)
 
 
 def _run(tasks: list[tuple], num_workers: int) -> Iterator[list[tuple[str, str | None]]]:
@@ -138,35 +146,47 @@ def _pool(size: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _cut_video(path: Path, clips: Iterable[Annotated], folder: Path) -> list[tuple[str, str | None]]:
+def _cut_video(path: Path, clips: Sequence[Annotated], folder: Path) -> list[tuple[str, str | None]]:
     """(name, None or the reason why it cannot be cut) of each clip of one raw video; the files of the others are there."""
-    outcomes, reader, sound = [], None, None
+    outcomes: dict[str, str | None] = {}
     try:
         status = path.stat()
-    except OSError as error:  # gone since it was listed
-        return [(clip.name, f"its video cannot be read ({error.strerror})") for clip in clips]
-    try:
-        for clip in clips:
-            made_of = json.dumps({**asdict(clip), "bytes": status.st_size, "time": status.st_mtime_ns, "crf": CRF})
-            target = folder / f"{clip.name}.mp4"
-            if _made_of(target) == made_of:
-                outcomes.append((clip.name, None))
-                continue
-            try:
-                reader = reader or VideoReader(path)
-                sound = load_audio(path) if sound is None else sound
-                _cut(reader, sound, clip, target, made_of)
-                outcomes.append((clip.name, None))
-            except (UserError, av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
-                reason = str(error).removeprefix(f"{path.absolute()}").lstrip(" :") or type(error).__name__
-                outcomes.append((clip.name, reason))
-    finally:
-        if reader:
-            reader.close()
-    return outcomes
+        source = {"bytes": status.st_size, "time": status.st_mtime_ns, "crf": CRF}
+        made_of = {clip: json.dumps(asdict(clip) | source) for clip in clips}
+        todo = [clip for clip in clips if _made_of(folder / f"{clip.name}.mp4") != made_of[clip]]
+        if todo:
+            sounds = _sounds(path, todo)
+            with VideoReader(path) as reader:
+                for clip, sound in zip(todo, sounds, strict=True):
+                    try:
+                        _cut(reader, sound, clip, folder / f"{clip.name}.mp4", made_of[clip])
+                    except BROKEN as error:
+                        outcomes[clip.name] = _why(error, path)
+    except BROKEN as error:  # the video as a whole
+        return [(clip.name, _why(error, path)) for clip in clips]
+    return [(clip.name, outcomes.get(clip.name)) for clip in clips]
 
 
-def _cut(reader: VideoReader, sound, clip: Annotated, target: Path, made_of: str) -> None:
+def _why(error: Exception, path: Path) -> str:
+    return str(error).removeprefix(f"{path.absolute()}").lstrip(" :") or type(error).__name__
+
+
+def _sounds(path: Path, clips: Sequence[Annotated]) -> list[np.ndarray]:
+    """The sound of each clip, float32 at 16 kHz; the video's is read once and never in memory as a whole."""
+    parts: list[list[np.ndarray]] = [[] for _ in clips]
+    ends = [(clip.start * SAMPLES_PER_TICK, clip.end * SAMPLES_PER_TICK) for clip in clips]
+    position = 0
+    for block in scan_audio(path):
+        for part, (start, end) in zip(parts, ends, strict=True):
+            if start < position + len(block) and position < end:
+                part.append(block[max(start - position, 0) : end - position].copy())
+        position += len(block)
+        if position >= max(end for _, end in ends):
+            break
+    return [np.concatenate([*part, np.zeros(0, np.float32)]) for part in parts]
+
+
+def _cut(reader: VideoReader, sound: np.ndarray, clip: Annotated, target: Path, made_of: str) -> None:
     """One clip to its file."""
     end = min(clip.end, reader.num_ticks)
     if end <= clip.start or clip.end - end > OVERRUN:
@@ -175,10 +195,9 @@ def _cut(reader: VideoReader, sound, clip: Annotated, target: Path, made_of: str
     x0, y0, x1, y1 = clip_box(clip.box, reader.info.width, reader.info.height)
     if x1 <= x0:
         raise ValueError("its box has no pixels in this video")
-    speech = sound[clip.start * SAMPLES_PER_TICK : end * SAMPLES_PER_TICK]
     own = target.with_name(f".{target.stem}.{os.getpid()}.mp4")  # two runs may cut the same clip
     try:
-        with VideoWriter(own, TICK_RATE, x1 - x0, y1 - y0, speech, {"comment": made_of}, crf=CRF) as writer:
+        with VideoWriter(own, TICK_RATE, x1 - x0, y1 - y0, sound, {"comment": made_of}, crf=CRF) as writer:
             for _, picture in reader.frames(range(clip.start, end)):
                 writer.write(picture[None, y0:y1, x0:x1])
         own.replace(target)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from sonic.motion import mouth_opening
 from sonic.pieces import STEPS, Piece, Screening
 from sonic.report_page import page
 from sonic.sync import POINT_RATE, at_ticks, levels_energy
+from sonic.track_cache import make_folder, write_whole
 
 EXAMPLES = 50  # of kept pieces, and as many of dropped ones
 PICTURES = 6  # of an example
@@ -205,6 +205,7 @@ def write_report(
 ) -> Path:
     """Writes report.html and report.json into a folder, each whole or not at all; gives the page's path."""
     data_root, folder = Path(data_root), Path(folder)
+    make_folder(folder)
     numbers = summary(pieces, screening)
     sides = {
         "kept": choose([piece for piece in pieces if piece.kept]),
@@ -221,16 +222,7 @@ def write_report(
     rows = [{name: (piece.to_json() | {"seconds": piece.seconds})[name] for name in listed} for piece in left_out]
     shown = {name: [[one.piece.video, one.piece.start] for one in some] for name, some in examples.items()}
     content = json.dumps(numbers | {"dropped_pieces": rows, "examples": shown}, indent=1) + "\n"
-    _write(folder / "report.json", content.encode())
+    write_whole(folder / "report.json", content.encode())
     names = MEASURES | {name: name for name in numbers["histograms"] if name not in MEASURES}
-    _write(folder / "report.html", page(numbers, names, left_out, examples, str(data_root)).encode())
+    write_whole(folder / "report.html", page(numbers, names, left_out, examples, str(data_root)).encode())
     return folder / "report.html"
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): give another --cache_dir") from error

@@ -2,6 +2,8 @@
 
     python -m sonic.prepare --data_root VIDEOS --cache_dir CACHE --num_workers 16     # and training with the same --cache_dir
     accelerate launch --num_processes 4 -m sonic.prepare ...                          # machines share one --cache_dir
+    python -m sonic.prepare ... --celebvhq celebvhq_info.json                         # VIDEOS: CelebV-HQ's raw videos
+    python -m sonic.prepare ... --whisper_path WHISPER --export_shards SHARDS         # for training with --data_shards
 
 Stage 1 (worker processes, no torch): `measuring`. Then the verdict (`judging`), and stage 2 (this process): audio features.
 Several processes of one run each do their `Share` of the videos, and then all read the whole cache. Runs that share a cache
@@ -27,7 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from sonic.config import FEATURES_PER_TICK, NO_CROP, STEP, TICK_RATE, WHOLE, UserError
+from sonic.celebvhq import cut_clips
+from sonic.config import FEATURES_PER_TICK, NO_CROP, POSITIVE, STEP, TICK_RATE, WHOLE, UserError
+from sonic.data_report import write_report
 from sonic.flags import Checked, Parser, config_from, flag, number, run
 from sonic.judging import judge
 from sonic.measuring import Measured, measure
@@ -146,6 +150,14 @@ class PreparedData:
         return "\n".join(lines)
 
 
+class NothingUsable(UserError):
+    """All videos were left out. `data` says why."""
+
+    def __init__(self, message: str, data: PreparedData):
+        super().__init__(message)
+        self.data = data
+
+
 # ------------------------------------------------------------------------------------------------------------ the doors
 
 
@@ -204,7 +216,7 @@ def prepare(
     if share.index == 0:
         write_whole(cache_dir / "prepared.json", _listing(data, videos, screening, extractor).encode())
     if not any(piece.kept for piece in data.pieces):
-        raise UserError(f"No video in {data_root} can be used:\n{data.table()}")
+        raise NothingUsable(f"No video in {data_root} can be used:\n{data.table()}", data)
     return data
 
 
@@ -465,7 +477,22 @@ class PrepareConfig(Checked):
     whisper_path: str | None = flag(
         None, "Whisper folder: make the audio features now too (default: training makes them when it starts)"
     )
+    audio_extractor: str | None = flag(None, "FILE.py:NAME of your own audio features, instead of --whisper_path")
     num_workers: int = flag(4, "processes that measure; 0 measures in the main process", WHOLE)
+    celebvhq: str | None = flag(
+        None, "CelebV-HQ's celebvhq_info.json: cut its clips out of the raw videos in --data_root, and prepare these"
+    )
+    export_shards: str | None = flag(
+        None, "folder for the kept clips as tar files that training reads with --data_shards; needs --whisper_path"
+    )
+    shard_size: int = flag(64, "clips per tar file", POSITIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.whisper_path and self.audio_extractor:
+            raise UserError("whisper_path and audio_extractor are two kinds of features: give one of them")
+        if self.export_shards and not (self.whisper_path or self.audio_extractor):
+            raise UserError("shards hold audio features: give --whisper_path beside --export_shards")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -479,20 +506,65 @@ def main(arguments: list[str] | None = None) -> None:
     make_folder(cache_dir)
     if share.index == 0:
         write_whole(cache_dir / SCREENING, (json.dumps(dataclasses.asdict(screening), indent=1) + "\n").encode())
-    data = prepare(
-        config.data_root,
-        cache_dir,
-        _whisper(config.whisper_path, cache_dir) if config.whisper_path else None,
-        num_frames=config.num_frames,
-        frame_step=config.frame_step,
-        screening=screening,
-        num_workers=config.num_workers,
-        progress=share.index == 0,
-        share=share,
-    )
+    data_root, uncut = config.data_root, []
+    if config.celebvhq:
+        data_root, uncut = _cut_celebvhq(config, share)
+    extractor = _extractor(config)
+
+    def report(data: PreparedData) -> None:
+        if share.index == 0:
+            page = write_report([*data.pieces, *uncut], screening, _look_in(cache_dir), data_root, cache_dir)
+            print(f"to look at: {page}\nall pieces with what was measured: {cache_dir / 'prepared.json'}")
+
+    try:
+        data = prepare(
+            data_root,
+            cache_dir,
+            extractor,
+            num_frames=config.num_frames,
+            frame_step=config.frame_step,
+            screening=screening,
+            num_workers=config.num_workers,
+            progress=share.index == 0,
+            share=share,
+        )
+    except NothingUsable as nothing:
+        report(nothing.data)
+        raise
     if share.index == 0:
         print(data.table())
-        print(f"all pieces with what was measured: {cache_dir / 'prepared.json'}")
+    report(data)
+    if config.export_shards:
+        from sonic.shards import export_shards  # brings torch
+
+        left_out = export_shards(
+            data.clips, extractor.name, config.export_shards, config.shard_size, share, progress=share.index == 0
+        )
+        if share.index == 0:
+            print(f"shards of {len(data.clips) - len(left_out)} clips: {config.export_shards}")
+            print("".join(f"  {name!r} left out: {reason}\n" for name, reason in left_out), end="")
+
+
+def _cut_celebvhq(config: PrepareConfig, share: Share) -> tuple[Path, list[Piece]]:
+    """The folder of CelebV-HQ's clips, and a dropped piece for each that cannot be cut."""
+    folder = Path(config.cache_dir) / "celebvhq"
+    left_out = cut_clips(
+        config.celebvhq,
+        config.data_root,
+        find_videos(Path(config.data_root), Path(config.cache_dir)),
+        folder,
+        share,
+        num_workers=config.num_workers,
+        progress=share.index == 0,
+    )
+    if share.index == 0 and left_out:
+        print(f"{len(left_out)} clips of CelebV-HQ cannot be cut, {left_out[0][0]!r} for one: {left_out[0][1]}")
+    return folder, [Piece(f"{name}.mp4", 0, 0, False, "probe", reason) for name, reason in left_out]
+
+
+def _look_in(cache_dir: Path) -> Callable[[Piece], Measured | None]:
+    """What gives the measurement of a piece's video."""
+    return lambda piece: load_measured(cache_dir / "tracks" / f"{piece.entry}.safetensors") if piece.entry else None
 
 
 def _processes() -> Share:
@@ -508,15 +580,22 @@ def _processes() -> Share:
     return Share(state.process_index, state.num_processes, gather_object)
 
 
-def _whisper(folder: str, cache_dir: Path):
-    """Whisper's features, loaded when the first are made. Imported here: it brings torch."""
+def _extractor(config: PrepareConfig):
+    """What makes the features now, if they are to be made: the user's own, or Whisper, which is loaded when the first are made.
+    Imported here: they bring torch."""
+    if config.audio_extractor:
+        from sonic.audio import load_extractor
+
+        return load_extractor(config.audio_extractor)
+    if not config.whisper_path:
+        return None
     import torch
 
     from sonic.checkpoints import LazyWhisper
     from sonic.weights import locate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return LazyWhisper(locate(folder, "Whisper"), cache_dir / "whisper.json", device)
+    return LazyWhisper(locate(config.whisper_path, "Whisper"), Path(config.cache_dir) / "whisper.json", device)
 
 
 if __name__ == "__main__":

@@ -235,12 +235,6 @@ class Batches:
         return self.count
 
 
-def stream_loader(
-    stream: ShardStream, batches: int, batch_size: int, num_workers: int, pin_memory: bool, **settings
-) -> Batches:
-    """So many batches of a stream, read by workers; settings: what DataLoader takes beside."""
-    context = "spawn" if num_workers else None
-    loader = DataLoader(
-        stream, batch_size, num_workers=num_workers, multiprocessing_context=context, pin_memory=pin_memory, **settings
-    )
-    return Batches(loader, batches)
+def stream_loader(stream: ShardStream, batches: int, **settings) -> Batches:
+    """So many batches of a stream; settings: what DataLoader takes."""
+    return Batches(DataLoader(stream, **settings), batches)

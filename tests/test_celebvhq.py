@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sonic.prepare
 from sonic import celebvhq
 from sonic.celebvhq import clip_box, cut_clips, read_annotations
 from sonic.config import UserError
 from sonic.media import VideoReader, load_audio
+from sonic.pieces import read_pieces
+from sonic.prepare import Share
 
 DATA = Path(__file__).parent / "data"
 RAW = "M2Ohb0FAaJU"
@@ -45,7 +48,7 @@ VIDEOS = [f"part/{RAW}.mp4"]
 
 def test_a_clip_holds_the_annotated_pictures_and_their_sound(raw, tmp_path):
     info = write_info(tmp_path / "info.json", {f"{RAW}_1": entry()})
-    assert cut_clips(info, raw, VIDEOS, tmp_path / "clips", progress=False) == []
+    assert cut_clips(info, raw, VIDEOS, tmp_path / "clips", Share(), progress=False) == []
     with VideoReader(raw / VIDEOS[0]) as source, VideoReader(tmp_path / "clips" / f"{RAW}_1.mp4") as clip:
         x0, y0, x1, y1 = clip_box((0.1, 0.7, 0.25, 0.75), source.info.width, source.info.height)
         assert (clip.info.width, clip.info.height, clip.num_ticks) == (x1 - x0, y1 - y0, 21)
@@ -79,7 +82,7 @@ def test_broken_entries_are_named_and_the_others_cut(raw, tmp_path):
         "list": [1, 2],
     }
     out = tmp_path / "clips"
-    reasons = dict(cut_clips(write_info(tmp_path / "info.json", clips), raw, VIDEOS, out, progress=False))
+    reasons = dict(cut_clips(write_info(tmp_path / "info.json", clips), raw, VIDEOS, out, Share(), progress=False))
     assert [path.name for path in out.iterdir()] == ["good.mp4"]
     wanted = {
         "elsewhere": "not_downloaded is not among the videos",
@@ -103,7 +106,7 @@ def test_a_broken_video_names_its_clips_and_harms_no_other(raw, tmp_path):
     (broken / "cut.mp4").write_bytes((raw / VIDEOS[0]).read_bytes()[:20_000])
     clips = {"whole": entry(), "broken": entry(video="cut")}
     info = write_info(tmp_path / "info.json", clips)
-    left_out = cut_clips(info, broken, [*VIDEOS, "cut.mp4"], tmp_path / "clips", num_workers=2, progress=False)
+    left_out = cut_clips(info, broken, [*VIDEOS, "cut.mp4"], tmp_path / "clips", Share(), num_workers=2, progress=False)
     assert [name for name, _ in left_out] == ["broken"]
     assert (tmp_path / "clips" / "whole.mp4").exists()
 
@@ -111,12 +114,12 @@ def test_a_broken_video_names_its_clips_and_harms_no_other(raw, tmp_path):
 def test_a_second_call_cuts_only_what_has_changed(raw, tmp_path, monkeypatch):
     out, info = tmp_path / "clips", tmp_path / "info.json"
     write_info(info, {"one": entry(), "two": entry(start=2, end=2.2)})
-    cut_clips(info, raw, VIDEOS, out, progress=False)
+    cut_clips(info, raw, VIDEOS, out, Share(), progress=False)
     (out / "two.mp4").write_bytes(b"damaged")
     write_info(info, {"one": entry(), "two": entry(start=2, end=2.2), "three": entry(start=1, end=1.2)})
     cut, plain = [], celebvhq._cut
     monkeypatch.setattr(celebvhq, "_cut", lambda *args: cut.append(args[2].name) or plain(*args))
-    cut_clips(info, raw, VIDEOS, out, progress=False)
+    cut_clips(info, raw, VIDEOS, out, Share(), progress=False)
     assert sorted(cut) == ["three", "two"]
     assert sorted(path.name for path in out.iterdir()) == ["one.mp4", "three.mp4", "two.mp4"]
 
@@ -128,3 +131,16 @@ def test_a_file_that_is_not_the_annotations_is_one_sentence(tmp_path, text):
         read_annotations(tmp_path / "info.json")
     with pytest.raises(UserError, match="No such file"):
         read_annotations(tmp_path / "missing.json")
+
+
+def test_the_command_cuts_the_clips_prepares_them_and_reports_those_it_could_not_cut(raw, tmp_path, capsys):
+    clips = {f"{RAW}_0": entry(start=0.4, end=3.4, box=(0, 1, 0, 1)), "elsewhere": entry(video="not_downloaded")}
+    info, cache = write_info(tmp_path / "info.json", clips), tmp_path / "cache"
+    command = ["--data_root", str(raw), "--cache_dir", str(cache), "--celebvhq", str(info), "--num_workers", "0"]
+    sonic.prepare.main([*command, "--keep_all", "--min_seconds", "2"])
+    assert "1 clips of CelebV-HQ cannot be cut, 'elsewhere'" in capsys.readouterr().out
+    pieces = read_pieces(cache / "prepared.json")
+    assert [(piece.video, piece.kept) for piece in pieces] == [(f"{RAW}_0.mp4", True)]
+    report = json.loads((cache / "report.json").read_text())
+    assert [row["video"] for row in report["dropped_pieces"] if not row["kept"]] == ["elsewhere.mp4"]
+    assert "data:image/jpeg" in (cache / "report.html").read_text()

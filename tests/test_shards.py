@@ -206,7 +206,7 @@ def test_processes_and_workers_read_different_clips(clips, exported):
     two = [list(itertools.islice(iter(stream_of(exported, rank=rank, world=2)), 4)) for rank in (0, 1)]
     numbers = [one["number"] for part in two for one in part]
     assert len(set(numbers)) == 8
-    loader = stream_loader(stream_of(exported), 2, 2, 1, False)
+    loader = stream_loader(stream_of(exported), 2, batch_size=2, num_workers=1, multiprocessing_context="spawn")
     batches = list(loader)
     assert len(loader) == len(batches) == 2 and batches[0]["frames"].shape == (2, 4, 3, 64, 64)
 
