@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ FIRST_CHARTS = 7  # that are open; the others are folded
 LISTED = 5000  # dropped pieces in the page's table; a browser takes long for more, and report.json has them all
 CHART_WIDTH, CHART_HEIGHT = 320, 110
 CURVE_WIDTH, CURVE_HEIGHT = 600, 56
+OPEN_MOUTH = 0.15  # distances between the eyes; a mouth that opens less is not drawn as if it opened wide
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1d2327; --soft: #626b73; --line: #dfe3e6;
@@ -231,9 +233,9 @@ def _example(example: Example) -> str:
         said.append(f"<b>{text(piece.step)}</b>: {text(piece.reason)}")
     numbers = {"face_size": "face {:.0f} px", "sync_offset": "offset {:+.0f}", "sync_confidence": "confidence {:.2f}"}
     known = [
-        form.format(piece.numbers[name])
+        form.format(value)
         for name, form in numbers.items()
-        if isinstance(piece.numbers.get(name), float | int)
+        if (value := piece.numbers.get(name)) is not None and math.isfinite(value)
     ]
     if known:
         said.append(", ".join(known))
@@ -258,8 +260,8 @@ def _clock(tick: int) -> str:
 
 def _curves(example: Example) -> str:
     lines = "".join(
-        f'<polyline class="{kind}" points="{_points(curve)}"/>'
-        for kind, curve in (("speech", example.speech), ("mouth", example.mouth))
+        f'<polyline class="{kind}" points="{_points(curve, least)}"/>'
+        for kind, curve, least in (("speech", example.speech, 1.0), ("mouth", example.mouth, OPEN_MOUTH))
         if curve
     )
     if not lines:
@@ -267,9 +269,9 @@ def _curves(example: Example) -> str:
     return f'<svg viewBox="0 0 {CURVE_WIDTH} {CURVE_HEIGHT}" role="img" aria-label="mouth opening and speech">{lines}</svg>'
 
 
-def _points(curve: Sequence[float]) -> str:
-    """A curve over the whole width, as high as the space whatever its unit."""
-    top, step = max(*curve, 1e-6) if len(curve) > 1 else 1.0, CURVE_WIDTH / max(len(curve) - 1, 1)
+def _points(curve: Sequence[float], least: float) -> str:
+    """A curve over the whole width; the top is its peak, or `least` where the peak is lower."""
+    top, step = max(*curve, least), CURVE_WIDTH / max(len(curve) - 1, 1)
     return " ".join(
         f"{i * step:.0f},{CURVE_HEIGHT - 2 - value / top * (CURVE_HEIGHT - 6):.1f}" for i, value in enumerate(curve)
     )

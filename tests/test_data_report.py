@@ -16,7 +16,7 @@ from sonic.faces import landmark_box
 from sonic.measuring import Measured
 from sonic.media import VideoReader, load_audio
 from sonic.pieces import Piece, Screening
-from sonic.report_page import LISTED, text
+from sonic.report_page import CURVE_HEIGHT, LISTED, _points, text
 from sonic.sync import speech_levels, speech_power
 
 DATA = Path(__file__).parent / "data"
@@ -186,3 +186,18 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--cache_dir"):
         write_report([kept(ticks=0)], Screening(), nothing, tmp_path, tmp_path / "file", progress=False)
+
+
+def test_a_mouth_that_hardly_opens_is_drawn_low():
+    def heights(curve):
+        return [float(point.split(",")[1]) for point in _points(curve, 0.15).split()]
+
+    assert min(heights([0.01, 0.015])) > 0.8 * CURVE_HEIGHT  # from above: near the bottom
+    assert min(heights([0.01, 0.4])) < 0.1 * CURVE_HEIGHT
+    assert len(heights([0.3])) == 1
+
+
+def test_measures_that_are_no_number_are_left_out_of_a_caption(tmp_path):
+    piece = kept(ticks=0, face_size=100.0, sync_offset=float("nan"), sync_confidence=None)
+    page = write_report([piece], Screening(), nothing, tmp_path, tmp_path, progress=False).read_text()
+    assert "face 100 px" in page and "nan" not in page.partition("Kept pieces")[2].lower()
