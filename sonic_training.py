@@ -38,8 +38,8 @@ from sonic.flags import Parser, config_from, given, run
 from sonic.latents import CachedLatents, cache_latents, gb_per_hour
 from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
 from sonic.optimizers import make_optimizer
-from sonic.pipeline import Animator
 from sonic.pieces import Screening
+from sonic.pipeline import Animator
 from sonic.prepare import Clip, PreparedData, Share, find_videos, hold_out, prepare, screening_for
 from sonic.run_log import (
     TOO_MANY,
