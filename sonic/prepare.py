@@ -134,11 +134,10 @@ class PreparedData:
 
     def table(self) -> str:
         """One line per video that was left out, and a summary, as plain text."""
-        videos = len({clip.video for clip in self.clips})
-        seconds = sum(clip.num_ticks for clip in self.clips) / TICK_RATE
-        lines = [
-            f"{videos} videos used: {len(self.clips)} clips, {seconds:.1f} s; {len(self.left_out)} videos left out"
-        ]
+        kept = self.clips or [piece for piece in self.pieces if piece.kept]
+        videos = len({one.video for one in kept})
+        seconds = sum(one.num_ticks for one in kept) / TICK_RATE
+        lines = [f"{videos} videos used: {len(kept)} clips, {seconds:.1f} s; {len(self.left_out)} videos left out"]
         dropped = [piece for piece in self.pieces if not piece.kept]
         if dropped:
             counts = ", ".join(f"{step} {count}" for step, count in by_step(dropped).items() if count)
@@ -192,8 +191,11 @@ def prepare(
     needed = num_frames * frame_step + 1
     outcomes = []
     own = share.of(videos)
-    found = _measure_all(data_root, own, tracks, num_workers, progress, data.report)
-    for name, measured in tqdm(found, total=len(own), desc="judging", unit="video", disable=not progress):
+    keys, failed = _measure_all(data_root, own, tracks, num_workers, progress, data.report)
+    step = "audio features" if extractor else "judging"
+    for name in tqdm(own, desc=step, unit="video", disable=not progress):
+        measured = None if name in failed else load_measured(tracks / f"{keys[name]}.safetensors")
+        measured = measured or Measured(reason=failed.get(name, "changed or gone while it was prepared"))
         pieces = judge(name, measured, screening, needed)
         if extractor:
             entry = features / f"{measured.key}.safetensors"
@@ -297,8 +299,8 @@ def _one_thread() -> None:
 
 def _measure_all(
     data_root: Path, videos: list[str], folder: Path, num_workers: int, progress: bool, report: Report
-) -> Iterator[tuple[str, Measured]]:
-    """Stage 1 for every video that the cache does not hold yet; then all, one in memory at a time."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Stage 1 for every video that the cache does not hold yet: the name of each video's entry there, or why it has none."""
     keys: dict[str, str] = {}
     failed: dict[str, str] = {}
     todo: list[tuple[str, Path, Path]] = []
@@ -321,9 +323,7 @@ def _measure_all(
                 failed[name] = reason
             report.tracks_made += reason is None
             bar.update()
-    for name in videos:
-        measured = None if name in failed else load_measured(folder / f"{keys[name]}.safetensors")
-        yield name, measured or Measured(reason=failed.get(name, "changed or gone while it was prepared"))
+    return keys, failed
 
 
 def _run(tasks: list[tuple[str, Path, Path]], num_workers: int) -> Iterator[tuple[str, Path, str | None]]:
