@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sonic.config import SAMPLES_PER_TICK, TICK_RATE, UserError
-from sonic.media import VideoReader, VideoWriter, scan_audio
+from sonic.media import VideoReader, VideoWriter, audio_stretches
 from sonic.track_cache import make_folder
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _cut_video(path: Path, clips: Sequence[Annotated], folder: Path) -> list[tup
         made_of = {clip: json.dumps(asdict(clip) | source) for clip in clips}
         todo = [clip for clip in clips if _made_of(folder / f"{clip.name}.mp4") != made_of[clip]]
         if todo:
-            sounds = _sounds(path, todo)
+            sounds = audio_stretches(path, [(c.start * SAMPLES_PER_TICK, c.end * SAMPLES_PER_TICK) for c in todo])
             with VideoReader(path) as reader:
                 for clip, sound in zip(todo, sounds, strict=True):
                     try:
@@ -169,21 +169,6 @@ def _cut_video(path: Path, clips: Sequence[Annotated], folder: Path) -> list[tup
 
 def _why(error: Exception, path: Path) -> str:
     return str(error).removeprefix(f"{path.absolute()}").lstrip(" :") or type(error).__name__
-
-
-def _sounds(path: Path, clips: Sequence[Annotated]) -> list[np.ndarray]:
-    """The sound of each clip, float32 at 16 kHz; the video's is read once and never in memory as a whole."""
-    parts: list[list[np.ndarray]] = [[] for _ in clips]
-    ends = [(clip.start * SAMPLES_PER_TICK, clip.end * SAMPLES_PER_TICK) for clip in clips]
-    position = 0
-    for block in scan_audio(path):
-        for part, (start, end) in zip(parts, ends, strict=True):
-            if start < position + len(block) and position < end:
-                part.append(block[max(start - position, 0) : end - position].copy())
-        position += len(block)
-        if position >= max(end for _, end in ends):
-            break
-    return [np.concatenate([*part, np.zeros(0, np.float32)]) for part in parts]
 
 
 def _cut(reader: VideoReader, sound: np.ndarray, clip: Annotated, target: Path, made_of: str) -> None:

@@ -7,7 +7,7 @@ in the order of the steps. The first that it does not pass is the piece's reason
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,13 +71,23 @@ PIECE_CHECKS = (
     Check(
         "sync", "sync_confidence", "min_sync_confidence", "the mouth follows the sound at no offset more than at others"
     ),
+    Check("sync", "syncnet_confidence", "min_syncnet_confidence", "SyncNet hears no sync"),
     Check("motion", "calmest_bucket", "max_motion_bucket", "every window moves too much"),
     Check("crop", "path", "max_path", "the face goes farther than a square of the picture reaches"),
 )
 
 
-def judge(video: str, measured: Measured, screening: Screening, needed: int) -> list[Piece]:
-    """All pieces of a video, kept and dropped, in order. `needed`: the fewest ticks that training can use."""
+# SyncNet's offset in ticks and confidence of a video's ticks [start, end), with the face's boxes [T, 4].
+SyncNetOf = Callable[[int, int, np.ndarray], tuple[float, float]]
+
+
+def judge(
+    video: str, measured: Measured, screening: Screening, needed: int, syncnet: SyncNetOf | None = None
+) -> list[Piece]:
+    """All pieces of a video, kept and dropped, in order. `needed`: the fewest ticks that training can use.
+
+    syncnet: takes the place of our own measure of sync, and is asked only where nothing else drops a piece before.
+    """
     if measured.reason is not None:
         step = "faces" if measured.num_ticks else "sound" if measured.reason.startswith("silent") else "probe"
         return [Piece(video, 0, measured.num_ticks, False, step, measured.reason, entry=measured.key)]
@@ -85,7 +95,7 @@ def judge(video: str, measured: Measured, screening: Screening, needed: int) -> 
     pieces = []
     for track in measured.tracks:
         for start, end, check in _cut(measured, track, screening):
-            pieces += _pieces(video, measured, track, (start, end), check, screening, shortest, needed)
+            pieces += _pieces(video, measured, track, (start, end), check, screening, shortest, needed, syncnet)
     pieces += _faceless(video, measured, screening, shortest)
     return sorted(pieces, key=lambda piece: piece.start)
 
@@ -167,6 +177,7 @@ def _pieces(
     screening: Screening,
     shortest: int,
     needed: int,
+    syncnet: SyncNetOf | None,
 ) -> Iterator[Piece]:
     """The pieces of one stretch: measured, then judged."""
     start, end = stretch
@@ -179,6 +190,13 @@ def _pieces(
     bounds = np.linspace(start, end, parts + 1).round().astype(int).tolist()
     for low, high in pairwise(bounds):
         numbers = measure_piece(measured, track, low, high, needed)
+        if syncnet and not (
+            check or any(_fails(one, numbers, screening) for one in PIECE_CHECKS if one.step != "sync")
+        ):
+            offset, confidence = syncnet(low, high, track[1][low - track[0] : high - track[0]])
+            believed = confidence >= screening.min_syncnet_confidence
+            numbers |= {"syncnet_offset": float(offset), "syncnet_confidence": round(confidence, 4)}
+            numbers["sync_shift"] = float(offset) if believed else 0.0
         shift = int(numbers["sync_shift"])
         # Picture t is heard at t - shift, and both have to exist.
         low, high = max(low, shift), min(high, measured.num_ticks + shift)
@@ -201,8 +219,12 @@ def _pieces(
 
 
 def _fails(check: Check, numbers: dict[str, float], screening: Screening) -> bool:
-    if check.step == "sync" and numbers["seconds"] < screening.min_sync_seconds:
-        return False
+    if check.step == "sync":
+        by_syncnet = check.measure == "syncnet_confidence"
+        if by_syncnet != ("syncnet_confidence" in numbers):
+            return False
+        if not by_syncnet and (screening.syncnet_path or numbers["seconds"] < screening.min_sync_seconds):
+            return False
     return check.fails(numbers[check.measure], screening)
 
 

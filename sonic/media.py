@@ -118,6 +118,23 @@ def scan_audio(path) -> Iterator[np.ndarray]:
         yield np.pad(rest[:wanted], (0, max(wanted - len(rest), 0)))
 
 
+def audio_stretches(path, ends: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """The samples [first, last) of a video's sound for each pair, float32 at 16 kHz, shorter where the sound ends.
+
+    The sound is read once, up to the last of them, and never in memory as a whole. UserError: no sound in it.
+    """
+    parts: list[list[np.ndarray]] = [[] for _ in ends]
+    position = 0
+    for block in scan_audio(path):
+        for part, (first, last) in zip(parts, ends, strict=True):
+            if first < position + len(block) and position < last:
+                part.append(block[max(first - position, 0) : last - position].copy())
+        position += len(block)
+        if position >= max(last for _, last in ends):
+            break
+    return [np.concatenate([*part, np.zeros(0, np.float32)]) for part in parts]
+
+
 def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
     """Mono float32 [samples] at the file's own rate through FFmpeg, laid out by time stamp (gaps are silence)."""
     rates, pieces = zip(*_audio_blocks(path), strict=True)

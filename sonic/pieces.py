@@ -95,6 +95,13 @@ class Screening(Checked):
     min_sync_seconds: float = flag(
         8.0, "pieces that are shorter tell too little to be dropped for their sync: chance alone reaches 0.3", SIZE
     )
+    syncnet_path: str | None = flag(
+        None,
+        "SyncNet's released weights, syncnet_v2.model: its offset and confidence decide instead of the three above",
+    )
+    min_syncnet_confidence: float = flag(
+        3.0, "SyncNet's confidence below which a mouth does not follow its sound", SIZE
+    )
     max_motion_bucket: float = flag(128.0, "windows with more motion are not sampled", SIZE)
     max_path: float = flag(
         1.0, "sides of the largest square of the picture that the face may go through in a piece", SIZE

@@ -13,6 +13,7 @@ without knowing of each other only do some work twice: what is written is whole,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -189,6 +190,7 @@ def prepare(
     features = cache_dir / "features" / extractor.name if extractor else None
     make_folder(tracks)
     needed = num_frames * frame_step + 1
+    syncnet = _syncnet(screening.syncnet_path, cache_dir) if screening.syncnet_path else None
     outcomes = []
     own = share.of(videos)
     keys, failed = _measure_all(data_root, own, tracks, num_workers, progress, data.report)
@@ -196,7 +198,8 @@ def prepare(
     for name in tqdm(own, desc=step, unit="video", disable=not progress):
         measured = None if name in failed else load_measured(tracks / f"{keys[name]}.safetensors")
         measured = measured or Measured(reason=failed.get(name, "changed or gone while it was prepared"))
-        pieces = judge(name, measured, screening, needed)
+        own = functools.partial(syncnet, data_root / name, measured.key) if syncnet else None
+        pieces = judge(name, measured, screening, needed, own)
         if extractor:
             entry = features / f"{measured.key}.safetensors"
             pieces = _listen(data_root / name, pieces, measured.num_ticks, extractor, entry, data.report)
@@ -368,6 +371,13 @@ def _run(tasks: list[tuple[str, Path, Path]], num_workers: int) -> Iterator[tupl
 def _pool(size: int) -> ProcessPoolExecutor:
     # Forking a process that holds torch's threads and a CUDA context deadlocks; a spawned one starts clean.
     return ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+
+
+def _syncnet(weights: str, cache_dir: Path):
+    """SyncNet's word on pieces of videos. Imported here: it brings torch."""
+    from sonic.syncnet import PieceSync
+
+    return PieceSync(Path(weights), cache_dir / "syncnet")
 
 
 # ---------------------------------------------------------------------------------------------------- stage 2: features

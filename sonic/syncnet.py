@@ -9,6 +9,7 @@ Axes: T ticks of 1/25 s, W windows of five ticks, E = 1024 numbers of an embeddi
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import zipfile
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from scipy.ndimage import median_filter
 from torch import Tensor, nn
 
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, UserError
+from sonic.media import VideoReader, audio_stretches
+from sonic.track_cache import make_folder, write_whole
+from sonic.weights import content_hash
 
 WINDOW = 5  # ticks that one embedding sees
 SOUNDS_PER_TICK = 4  # rows of MFCCs, one per 10 ms
@@ -117,6 +122,40 @@ def load_syncnet(path: str) -> SyncNet:
 
 def _not_syncnet(path: str, why: str) -> UserError:
     return UserError(f"'{path}' does not hold SyncNet's weights ({why}): give syncnet_v2.model with --syncnet_path")
+
+
+class PieceSync:
+    """`syncnet_offset` of pieces of videos, measured once for each and kept in a folder of the cache.
+
+    UserError, at once: a file that does not hold SyncNet's weights.
+    """
+
+    def __init__(self, weights: Path, folder: Path):
+        load_syncnet(str(weights))
+        self.weights, self.folder = weights, folder / content_hash(weights)[:12]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        make_folder(self.folder)
+
+    def __call__(self, video: Path, key: str, start: int, end: int, boxes: np.ndarray) -> tuple[float, float]:
+        """(offset, confidence) of the video's ticks [start, end); NaN if it cannot be read any more, or is too short.
+
+        key: the name of the video's entry in the cache, which changes with the file.
+        """
+        entry = self.folder / f"{key}@{start}+{end - start}.json"
+        try:
+            offset, confidence = json.loads(entry.read_text())
+            return float(offset), float(confidence)
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            pass
+        try:
+            (speech,) = audio_stretches(video, [(start * SAMPLES_PER_TICK, end * SAMPLES_PER_TICK)])
+            with VideoReader(video) as reader:
+                pictures = (picture for _, picture in reader.frames(range(start, end)))
+                offset, confidence = syncnet_offset(self.weights, pictures, boxes, speech, self.device)
+        except (UserError, av.error.FFmpegError, OSError, ValueError, IndexError):
+            return math.nan, math.nan
+        write_whole(entry, json.dumps([offset, confidence]).encode())
+        return float(offset), confidence
 
 
 # ------------------------------------------------------------------------------------------------------------ the measure

@@ -1,11 +1,16 @@
 """SyncNet: the released file's names and shapes, its input as the published code makes it, and what its distances say."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from sonic import syncnet
 from sonic.config import UserError
+from sonic.media import VideoReader, load_audio, save_video
+from sonic.pieces import Screening
+from sonic.prepare import prepare
 from sonic.syncnet import FACE_SIDE, GREY, SyncNet, best_offset, face_crops, load_syncnet, mfcc, syncnet_offset
 
 # Rows 0 and 8 of what python_speech_features 0.6 makes of the speech in the test below, as 16-bit samples.
@@ -152,3 +157,61 @@ def test_other_files_are_refused_with_one_sentence(weights, tmp_path):
         with pytest.raises(UserError, match="--syncnet_path") as error:
             load_syncnet(str(path))
         assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder with two seconds of a talking head."""
+    folder = tmp_path_factory.mktemp("videos")
+    path = Path(__file__).parent / "data" / "talking_head_2.mp4"
+    with VideoReader(path) as reader:
+        save_video(reader.read(range(50)), folder / "talk.mp4", 25, load_audio(path)[: 50 * 640])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def prepared(videos, cache, weights, **more):
+    screening = Screening(syncnet_path=str(weights), **more)
+    return prepare(videos, cache, num_frames=10, frame_step=1, screening=screening, progress=False)
+
+
+def test_syncnet_decides_where_its_weights_are_given(videos, cache, weights, tmp_path, monkeypatch):
+    said, asked = (3, 5.0), []
+
+    def offset(path, frames, boxes, speech, device):
+        asked.append((len(list(frames)), boxes.shape, len(speech)))
+        return said
+
+    monkeypatch.setattr(syncnet, "syncnet_offset", offset)
+    (piece,) = prepared(videos, cache, weights).pieces
+    numbers = piece.numbers
+    assert piece.kept and (numbers["syncnet_offset"], numbers["syncnet_confidence"], numbers["sync_shift"]) == (3, 5, 3)
+    assert asked == [(50, (50, 4), 50 * 640)] and (piece.start, piece.num_ticks) == (3, 47)
+
+    said = (3, 1.0)
+    (piece,) = prepared(videos, cache, weights).pieces  # what it said is kept
+    assert piece.kept and len(asked) == 1
+    for entry in (cache / "syncnet").rglob("*.json"):
+        entry.write_text("damaged")
+    with pytest.raises(UserError, match="SyncNet hears no sync"):
+        prepared(videos, cache, weights)
+    (piece,) = prepared(videos, cache, weights, keep_all=True).pieces
+    assert piece.kept and piece.step == "sync" and piece.measured == 1 and piece.threshold == 3
+    assert prepared(videos, cache, weights, min_syncnet_confidence=0.5).pieces[0].step is None
+    assert len(asked) == 2
+
+
+def test_syncnet_is_not_asked_about_what_is_dropped_before(videos, cache, weights, monkeypatch):
+    monkeypatch.setattr(syncnet, "syncnet_offset", None)
+    with pytest.raises(UserError, match="overexposed"):
+        prepared(videos, cache, weights, max_brightness=31)
+
+
+def test_wrong_weights_are_told_before_anything_is_measured(videos, tmp_path):
+    with pytest.raises(UserError, match="syncnet_path"):
+        prepared(videos, tmp_path, tmp_path / "missing.model")
+    assert not list((tmp_path / "tracks").iterdir())
