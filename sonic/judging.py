@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from scipy.ndimage import uniform_filter1d
 
 from sonic.config import TICK_RATE
 from sonic.faces import union_box
@@ -280,7 +281,7 @@ def _sound_numbers(measured: Measured, start: int, end: int) -> dict[str, float]
     octaves = measured.curves["speech"][start * per_tick : end * per_tick, 0].astype(float)
     low, high = np.percentile(octaves, [5, 95])
     heard = curves["level"] > SILENCE
-    lines = np.convolve(curves["lines"], np.ones(TICK_RATE) / TICK_RATE, mode="same")
+    lines = uniform_filter1d(curves["lines"], TICK_RATE, mode="nearest")
     return {
         "level": float(10 * np.log10(max(np.mean(10 ** (curves["level"] / 10)), 1e-20))),
         "clipping": float(curves["clipped"].mean()),

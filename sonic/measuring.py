@@ -16,6 +16,8 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from scenedetect.detectors import ContentDetector
+from scenedetect.stats_manager import StatsManager
 
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, UserError
 from sonic.faces import FaceTrack, second_face, track_face
@@ -142,9 +144,6 @@ class PictureWatcher:
     """Measures every tick's picture as it passes."""
 
     def __init__(self):
-        from scenedetect.detectors import ContentDetector
-        from scenedetect.stats_manager import StatsManager
-
         self.detector = ContentDetector()
         self.detector.stats_manager = StatsManager()
         self.shot: list[float] = []
