@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -151,6 +152,8 @@ def _cut_video(path: Path, clips: Sequence[Annotated], folder: Path) -> list[tup
     outcomes: dict[str, str | None] = {}
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise ValueError("its video is no regular file")
         source = {"bytes": status.st_size, "time": status.st_mtime_ns, "crf": CRF}
         made_of = {clip: json.dumps(asdict(clip) | source) for clip in clips}
         todo = [clip for clip in clips if _made_of(folder / f"{clip.name}.mp4") != made_of[clip]]

@@ -1,6 +1,7 @@
 """CelebV-HQ's annotations: exactly the annotated clips are cut, with their sound, and every other entry is named."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -104,10 +105,13 @@ def test_a_broken_video_names_its_clips_and_harms_no_other(raw, tmp_path):
     broken = tmp_path / "raw"
     shutil.copytree(raw, broken)
     (broken / "cut.mp4").write_bytes((raw / VIDEOS[0]).read_bytes()[:20_000])
-    clips = {"whole": entry(), "broken": entry(video="cut")}
+    os.mkfifo(broken / "pipe.mp4")
+    clips = {"whole": entry(), "broken": entry(video="cut"), "waiting": entry(video="pipe")}
     info = write_info(tmp_path / "info.json", clips)
-    left_out = cut_clips(info, broken, [*VIDEOS, "cut.mp4"], tmp_path / "clips", Share(), num_workers=2, progress=False)
-    assert [name for name, _ in left_out] == ["broken"]
+    left_out = cut_clips(
+        info, broken, [*VIDEOS, "cut.mp4", "pipe.mp4"], tmp_path / "clips", Share(), num_workers=2, progress=False
+    )
+    assert sorted(name for name, _ in left_out) == ["broken", "waiting"]
     assert (tmp_path / "clips" / "whole.mp4").exists()
 
 
