@@ -17,19 +17,20 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from sonic.config import TICK_RATE, UserError
+from sonic.config import UserError
+from sonic.judging import speech_curve
 from sonic.measuring import Measured
 from sonic.media import VideoReader
 from sonic.motion import mouth_opening
 from sonic.pieces import STEPS, Piece, Screening
 from sonic.report_page import page
-from sonic.sync import POINT_RATE, at_ticks, levels_energy
 from sonic.track_cache import make_folder, write_whole
 
 EXAMPLES = 50  # of kept pieces, and as many of dropped ones
 PICTURES = 6  # of an example
 PICTURE_SIDE = 144  # pixels, the longer one
 JPEG_QUALITY = 70
+SHORTEST_CURVE = 5  # ticks; the speech's is smoothed over three
 CURVE_POINTS = 200  # of an example's curves; more would not be seen
 BINS = 24
 
@@ -140,8 +141,8 @@ def example(piece: Piece, data_root: Path, measured: Measured | None) -> Example
     boxes, landmarks = _track(piece, measured)
     if landmarks is not None:
         shown = replace(shown, mouth=_thinned(mouth_opening(landmarks)))
-    if measured is not None and "speech" in measured.curves:
-        shown = replace(shown, speech=_thinned(_speech(piece, measured.curves["speech"])))
+    if measured is not None and "speech" in measured.curves and piece.num_ticks >= SHORTEST_CURVE:
+        shown = replace(shown, speech=_thinned(speech_curve(measured, piece.start, piece.start + piece.num_ticks)))
     try:
         strip = _strip(piece, data_root / piece.video, boxes)
         shown = replace(shown, strip=_jpeg(strip), width=strip.shape[1])
@@ -159,13 +160,6 @@ def _track(piece: Piece, measured: Measured | None) -> tuple[np.ndarray | None, 
         if first >= 0 and first + piece.num_ticks <= len(boxes):
             return boxes[first : first + piece.num_ticks], landmarks[first : first + piece.num_ticks]
     return None, None
-
-
-def _speech(piece: Piece, levels: np.ndarray) -> np.ndarray:
-    """Energy of the speech over a piece, [T] in 0..1, from its file's levels [P, 2]."""
-    points = POINT_RATE // TICK_RATE
-    own = levels[points * piece.start : points * (piece.start + piece.num_ticks) + 1].astype(float)
-    return at_ticks(levels_energy(own), piece.num_ticks) if len(own) else np.zeros(0)
 
 
 def _strip(piece: Piece, path: Path, boxes: np.ndarray | None) -> np.ndarray:

@@ -137,6 +137,13 @@ def test_an_example_shows_six_pictures_with_the_face_and_both_curves():
     assert len(seen.strip) < 60_000 and seen.trouble is None
 
 
+def test_a_piece_of_one_tick_is_shown_without_curves_of_speech():
+    points = np.random.default_rng(0).uniform(100, 200, (1, 68, 2)).astype(np.float32)
+    measured = Measured(tracks=[(0, landmark_box(points), points)], curves={"speech": np.zeros((8, 2))})
+    seen = example(kept(CLIP, ticks=1), DATA, measured)
+    assert seen.strip and seen.speech is None and len(seen.mouth) == 1
+
+
 def test_a_file_that_is_gone_or_broken_is_told_in_its_example(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     assert "does not exist" in example(kept("gone.mp4"), tmp_path, None).trouble
