@@ -22,7 +22,7 @@ import cv2
 
 import sonic.faces
 import sonic.measuring
-from sonic.config import BASE_MODEL, TICK_RATE, TrainingConfig
+from sonic.config import TICK_RATE
 from sonic.flags import Parser, run
 from sonic.judging import judge
 from sonic.media import VideoReader
@@ -79,10 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
         f"measured at {seconds / whole:.1f} s of video per CPU second; judging took {judging:.2f} s for {len(pieces)} pieces"
     )
     print(f"memory: {peak:.0f} MB at most, {before:.0f} MB before the file was opened")
-    per_hour = 3600 / seconds
+    features, latents = stored(50 * 5 * 384), stored(TICK_RATE * (4 * 64 * 64 + 1024))
     print(
-        f"cache per hour of footage: {size * per_hour / 1e6:.0f} MB of tracks and curves; {feature_bytes() / 1e6:.0f} MB of "
-        f"Whisper features{latents()}"
+        f"cache per hour of footage: {size * 3600 / seconds / 1e6:.0f} MB of tracks and curves, {features:.0f} MB of Whisper's"
+    )
+    print(
+        f"features, and with --cache_latents {latents:.0f} MB more (SVD's latents of 512 x 512 and CLIP's embeddings)"
     )
 
 
@@ -128,21 +130,9 @@ def watch_parts() -> dict[str, float]:
     return spent
 
 
-def feature_bytes() -> int:
-    """Of whisper-tiny for an hour: 50 per second, 5 layers of 384, fp16."""
-    return 3600 * 50 * 5 * 384 * 2
-
-
-def latents() -> str:
-    """What --cache_latents adds, if the base model's configuration is here to tell."""
-    if not Path(BASE_MODEL).exists():
-        return ""
-    import torch
-
-    from sonic.latents import gb_per_hour
-
-    config = TrainingConfig(data_root=".", resolution=512)
-    return f"; {gb_per_hour(config, Path(BASE_MODEL), torch.bfloat16):.2f} GB of latents at 512 x 512"
+def stored(values_per_second: int) -> float:
+    """MB that an hour of so many 16-bit numbers per second takes."""
+    return 3600 * values_per_second * 2 / 1e6
 
 
 if __name__ == "__main__":
