@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 def loop(video: Path, target: Path, seconds: float) -> Path:
     """The video's packets again and again, not encoded anew."""
     with av.open(str(target), "w") as container:
-        streams, moved, lap = {}, Fraction(0), 0
+        streams, moved, newest = {}, Fraction(0), {"video": -(10**9), "audio": -(10**9)}
         while moved < seconds:
             with av.open(str(video)) as source:
                 kinds = [source.streams.video[0], source.streams.audio[0]]
@@ -101,10 +101,13 @@ def loop(video: Path, target: Path, seconds: float) -> Path:
                     if packet.pts is None or packet.pts * packet.time_base >= length:
                         continue
                     ahead = int(moved / packet.time_base)
-                    packet.pts, packet.dts = packet.pts + ahead, packet.dts + ahead
-                    packet.stream = streams[packet.stream.type]
+                    kind = packet.stream.type
+                    # Decoding begins before the first picture is shown, and so before the last of the lap before.
+                    newest[kind] = max(newest[kind] + 1, packet.dts + ahead)
+                    packet.pts, packet.dts = max(packet.pts + ahead, newest[kind]), newest[kind]
+                    packet.stream = streams[kind]
                     container.mux(packet)
-                moved, lap = moved + length, lap + 1
+                moved += length
     return target
 
 
