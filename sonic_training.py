@@ -34,6 +34,7 @@ from sonic.checkpoints import (
     load_base,
     training_checkpoints,
 )
+from sonic.clips import Clip, hold_out
 from sonic.config import NO_CROP, TrainingConfig, UserError
 from sonic.flags import Parser, config_from, given, run
 from sonic.latents import CachedLatents, cache_latents, gb_per_hour
@@ -41,7 +42,7 @@ from sonic.memory import Estimator, available_memory, require_memory, used_memor
 from sonic.optimizers import make_optimizer
 from sonic.pieces import Screening
 from sonic.pipeline import Animator
-from sonic.prepare import Clip, PreparedData, Share, find_videos, hold_out, prepare, screening_for
+from sonic.prepare import PreparedData, Share, find_videos, prepare, screening_for
 from sonic.run_log import (
     TOO_MANY,
     Log,

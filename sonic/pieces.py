@@ -79,7 +79,7 @@ class Screening(Checked):
     min_brightness: float = flag(30.0, "mean brightness of the face, 0 to 255; darker is underexposed", LEVEL)
     max_brightness: float = flag(230.0, "the same; brighter is overexposed", LEVEL)
     min_expression: float = flag(
-        8.0, "expression bucket of the whole piece; below it the face is a photograph with a voice-over", SIZE
+        15.0, "expression bucket of the whole piece; below it the face is a photograph with a voice-over", SIZE
     )
     min_level: float = flag(-50.0, "level of the sound in dBFS", number(float, high=0))
     max_clipping: float = flag(0.01, "share of the sound's ticks that hold clipped samples in a row", SHARE)

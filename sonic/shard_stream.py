@@ -21,9 +21,9 @@ import numpy as np
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from sonic.clips import Clip
 from sonic.config import UserError
 from sonic.dataset import SonicDataset
-from sonic.prepare import Clip
 from sonic.shards import AS_THEY_ARE, VERSION
 
 SCHEME = re.compile(r"[a-z0-9]+:")  # of a URL, or of a command: pipe:aws s3 cp s3://...

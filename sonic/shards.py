@@ -35,7 +35,8 @@ from sonic.media import VideoReader, clock_zero, first_video_stream
 from sonic.track_cache import make_folder, write_whole
 
 if TYPE_CHECKING:
-    from sonic.prepare import Clip, Share
+    from sonic.clips import Clip
+    from sonic.prepare import Share
 
 VERSION = 1  # of what is in a shard
 AS_THEY_ARE = ("width", "height", "area", "expand", "max_bucket")  # fields of a Clip that its stretch shares

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from sonic.audio import short_windows
 from sonic.checkpoints import BaseModels, training_checkpoints
+from sonic.clips import Clip
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
-from sonic.prepare import Clip
 from sonic.run_log import PROVENANCE, RunState
 from sonic.trainable import Trained
 from sonic.weights import remove_folder

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sonic import media
+from sonic.clips import Clip
 from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig
 from sonic.denoiser import Denoiser, TrainingBatch
 from sonic.pipeline import Animator, Speech, to_pictures
-from sonic.prepare import Clip
 from sonic.training import Encoders, draw, face_share
 
 WINDOWS = 8  # fixed windows, spread over the clips

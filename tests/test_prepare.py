@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 import sonic.measuring
 import sonic.prepare
 import sonic.track_cache
+from sonic.clips import Clip, hold_out
 from sonic.config import UserError
 from sonic.media import VideoReader, load_audio, save_video
-from sonic.prepare import Clip, PreparedData, find_videos, hold_out, prepare
+from sonic.prepare import PreparedData, find_videos, prepare
 
 DATA = Path(__file__).parent / "data"
 SIZES = {"num_frames": 10, "frame_step": 2, "progress": False}

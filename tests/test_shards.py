@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from sonic import shards
+from sonic.clips import Clip
 from sonic.config import UserError
 from sonic.dataset import SonicDataset
 from sonic.faces import landmark_box
 from sonic.media import VideoReader
-from sonic.prepare import Clip, Share
+from sonic.prepare import Share
 from sonic.shard_stream import Reader, ShardStream, read_shards, shard_list, shuffled, stream_loader, unpack
 from sonic.shards import export_shards
 
