@@ -70,7 +70,7 @@ def test_a_run_on_shards_trains_and_goes_on(tiny, shards, tmp_path, capsys):
 
 
 def test_a_folder_beside_shards_is_for_validation(tiny, shards, clips, cache, tmp_path, capsys):
-    more = {"data_root": clips, "cache_dir": cache, "validation_steps": 2, "max_train_steps": 2, "num_workers": 1}
+    more = {"data_root": clips, "cache_dir": cache, "validation_steps": 2, "max_train_steps": 2}
     sonic_training.main(flags(tiny, shards, tmp_path, **more))
     said = capsys.readouterr().out
     assert "clips out of 2 shards, 3 held-out clips" in said and "validation_loss" in said
