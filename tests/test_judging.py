@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sonic.faces import square_crop
 from sonic.judging import judge
 from sonic.measuring import CURVES, Measured, curve_length, face_look, find_borders, measure, measure_sound
 from sonic.motion import head_yaw, window_buckets
-from sonic.pieces import STEPS, Piece, Screening, by_step
+from sonic.pieces import STEPS, Piece, Screening, by_step, read_pieces
 from sonic.prepare import main, prepare, screening_for
 from sonic.track_cache import load_measured, save_measured
 
@@ -343,3 +344,36 @@ def test_thresholds_are_checked():
         Screening(crop="half")
     with pytest.raises(UserError, match="max_yaw"):
         Screening(max_yaw=100)
+
+
+def test_a_file_that_is_still_being_written_is_looked_at_again(tmp_path, monkeypatch):
+    (tmp_path / "videos").mkdir()
+    video = write(tmp_path / "videos/a.mp4", *puppet(40))
+    whole = video.read_bytes()
+    look = sonic.measuring._measure
+
+    def grows(path):
+        path.write_bytes(whole + b"\0")
+        return look(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sonic.measuring._measure", grows)
+        with pytest.raises(UserError, match="still being written"):
+            prepare(tmp_path / "videos", tmp_path / "cache", Level(), **SIZES)
+    assert len(prepare(tmp_path / "videos", tmp_path / "cache", Level(), **SIZES).clips) == 1
+
+
+def test_two_runs_at_once_share_a_cache(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write(tmp_path / "videos" / name, *puppet(30))
+    flags = f"--data_root {tmp_path}/videos --cache_dir {tmp_path}/cache --num_frames 10 --frame_step 1 --num_workers 0"
+    context = multiprocessing.get_context("spawn")
+    runs = [context.Process(target=main, args=(flags.split(),)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(100)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert [piece.video for piece in read_pieces(tmp_path / "cache/prepared.json") if piece.kept] == ["a.mp4", "b.mp4"]
+    assert not list((tmp_path / "cache").rglob("*.partial"))
