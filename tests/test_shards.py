@@ -2,10 +2,12 @@
 
 import functools
 import http.server
+import importlib.util
 import io
 import itertools
 import json
 import shutil
+import sys
 import tarfile
 import threading
 from fractions import Fraction
@@ -30,9 +32,7 @@ from sonic.shards import export_shards
 DATA = Path(__file__).parent / "data"
 EARS = "ears-1"
 SETTINGS = {"num_frames": 4, "frame_step": 2, "resolution": 64, "clip_size": 28, "seed": 3}
-needs_library = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("webdataset"), reason="pip install webdataset"
-)
+needs_library = pytest.mark.skipif(not importlib.util.find_spec("webdataset"), reason="pip install webdataset")
 
 
 def write_video(path: Path, codec="libx264", fps=30, ticks=110, format=None) -> Path:
@@ -271,7 +271,7 @@ def test_shards_are_listed_by_braces_and_stars(exported):
 
 
 def test_without_the_library_the_command_is_told(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "webdataset.shardlists", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
     with pytest.raises(UserError, match="pip install webdataset"):
         shard_list("x.tar")
 
