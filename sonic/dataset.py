@@ -135,7 +135,7 @@ class SonicDataset(torch.utils.data.Dataset):
         for _ in range(CALM_DRAWS):
             first = int(rng.integers(clip.num_ticks - self._span + 1))
             window = first + self.frame_step * np.arange(self.num_frames, dtype=np.int64)
-            if max(window_buckets(clip.landmarks[window])) <= clip.max_bucket:
+            if not any(bucket > clip.max_bucket for bucket in window_buckets(clip.landmarks[window])):
                 break
 
         # The reference, in falling order of preference: a second away and seen whole in the window's own square; outside

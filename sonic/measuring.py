@@ -37,7 +37,7 @@ BORDER_BEHIND = (
     0.5  # share of the first line behind a border that is not dark: a dark room has a face there and no edge
 )
 
-STRETCH = 60 * SAMPLE_RATE  # samples that are measured at once
+STRETCH = 10 * SAMPLE_RATE  # samples that are measured at once; their spectra take 40 MB
 CLIPPED, CLIPPED_SAMPLES = (
     0.98,
     7,
@@ -223,7 +223,7 @@ def _bars(grey: np.ndarray) -> tuple[float, float]:
 
 
 def measure_sound(blocks: Iterator[np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
-    """Curves of a sound that comes in blocks of 16 kHz samples, and its whole ticks. Holds about a minute of it."""
+    """Curves of a sound that comes in blocks of 16 kHz samples, and its whole ticks. Holds some ten seconds of it."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("level", "clipped", "lines", "speech")}
     before, waiting = np.zeros(LINES_APART * SAMPLES_PER_TICK + LINES, np.float32), np.zeros(0, np.float32)
     num_ticks, after = 0, LINES  # samples that the last tick's spectra reach beyond it
