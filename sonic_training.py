@@ -4,6 +4,7 @@
         --train_batch_size 1 --num_train_epochs 100 --learning_rate 1e-5 --mixed_precision fp16 --num_frames 25 --resolution 576
     accelerate launch sonic_training.py ...                        # several processes or machines
     python sonic_training.py ... --resume_from_checkpoint latest   # goes on where it was
+    python sonic_training.py --data_shards 'https://host/shard-{000000..000099}.tar' --max_train_steps 100000 ...
     python sonic_training.py ... --dry_run                         # what would happen, and what it needs
     python sonic_training.py --config OUT/config.json --output_dir OTHER    # the settings of an earlier run
 
@@ -36,13 +37,15 @@ from sonic.checkpoints import (
     load_base,
     training_checkpoints,
 )
-from sonic.config import TrainingConfig, UserError
-from sonic.flags import Parser, config_from, run
+from sonic.clips import Clip, hold_out
+from sonic.config import NO_CROP, TrainingConfig, UserError
+from sonic.flags import Parser, config_from, given, run
 from sonic.latents import CachedLatents, cache_latents, gb_per_hour
 from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
 from sonic.optimizers import make_optimizer
+from sonic.pieces import Screening
 from sonic.pipeline import Animator
-from sonic.prepare import Clip, PreparedData, Share, find_videos, hold_out, prepare
+from sonic.prepare import PreparedData, Share, find_videos, prepare, screening_for
 from sonic.run_log import (
     TOO_MANY,
     Log,
@@ -56,6 +59,7 @@ from sonic.run_log import (
     write_report,
 )
 from sonic.sampling import ramp
+from sonic.shard_stream import ShardStream, shard_list, stream_loader
 from sonic.sharding import any_says, autocast_for, callable_parts, gradient_norm, ready_for_sharding
 from sonic.stopping import StopSignals, ignore_signals
 from sonic.trainable import Trained, choose, open_start, require_packages
@@ -71,6 +75,7 @@ from sonic.training import (
     optimizer_steps,
     readable,
     resume_state,
+    sample_settings,
     save_training_checkpoint,
     saved_or_said,
     total_loss,
@@ -84,14 +89,22 @@ WINDOWS_TO_FIT = 4096  # of audio features, for --init_audio2token
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
     """The command line as a checked configuration."""
+    return parse_all(arguments)[0]
+
+
+def parse_all(arguments: list[str] | None = None) -> tuple[TrainingConfig, Screening]:
+    """The same with the thresholds that decide which pieces of the videos are trained on."""
     parser = Parser(__doc__)
     parser.add_config(TrainingConfig)
-    config = config_from(TrainingConfig, parser.parse_args(arguments))
-    return dataclasses.replace(config, report_to="wandb") if config.use_wandb else config
+    parser.add_config(Screening, only_given=True)
+    parsed = parser.parse_args(arguments)
+    config = config_from(TrainingConfig, parsed)
+    config = dataclasses.replace(config, report_to="wandb") if config.use_wandb else config
+    return config, screening_for(given(Screening, parsed), cache_dir(config))
 
 
 def main(arguments: list[str] | None = None) -> int | None:
-    config = parse(arguments)
+    config, screening = parse_all(arguments)
     extractor = load_extractor(config.audio_extractor) if config.audio_extractor else None
     output_dir = Path(config.output_dir)
     resumed = checkpoint_to_resume(config, output_dir)
@@ -104,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int | None:
         check_resumable(config, resumed)
     start = open_start(config, resumed, extractor)
     config = with_model_defaults(config, start.settings)
-    start = for_this_run(start, config)
+    start = for_this_run(start, config, screening)
     if config.dry_run:
         return dry_run(config, start)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -114,7 +127,8 @@ def main(arguments: list[str] | None = None) -> int | None:
     accelerator = start_accelerator(config, start)
     with only_run_in(output_dir, accelerator.is_main_process):
         share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
-        clips = prepare_data(config, start, extractor, accelerator.device, share).clips
+        extractor = extractor or LazyWhisper(start.whisper_path, cache_dir(config) / "whisper.json", accelerator.device)
+        clips = prepare_data(config, screening, extractor, share).clips
         half = half_precision(config)
         if config.cache_latents:
             encoders = cache_latents(
@@ -123,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int | None:
             clips = encoders.clips
         else:
             encoders = Encoders(load_base(start.base_model, half, half).to(accelerator.device), accelerator.device)
-        return Run(config, accelerator, start, encoders, clips, resumed).train()
+        stream = stream_shards(config, extractor, encoders, share) if config.data_shards else None
+        return Run(config, accelerator, start, encoders, clips, resumed, stream).train()
 
 
 class Run:
@@ -137,10 +152,12 @@ class Run:
         encoders: Encoders | CachedLatents,
         clips: list[Clip],
         resumed: Path | None,
+        stream: ShardStream | None = None,
     ):
         self.config, self.accelerator, self.encoders = config, accelerator, encoders
         self.output_dir = Path(config.output_dir)
-        train_clips, held_out = hold_out(clips, window=config.num_frames * config.frame_step + 1)
+        # Beside a stream, a folder is there to be held out.
+        train_clips, held_out = ([], clips) if stream else hold_out(clips, window=shortest_clip(config))
         self.made_of = provenance(config, train_clips)
 
         torch.manual_seed(config.seed)  # for the start weights of new adapters; all else is drawn per sample
@@ -175,25 +192,31 @@ class Run:
             for difference in differences(config, self.made_of, resumed):
                 accelerator.print(f"resuming with a difference: {difference}")
         self.log = Log(self.output_dir / "log.jsonl", self.state.step) if accelerator.is_main_process else None
+        trained_on = f"clips out of {len(stream.shards)} shards" if stream else f"{len(train_clips)} training clips"
         accelerator.print(
-            f"{len(train_clips)} training clips, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
+            f"{trained_on}, {len(held_out)} held-out clips, {len(trainable)} trainable tensors of "
             f"{count / 1e6:.1f} M parameters on {accelerator.device}; {self.total_steps} steps, {per_epoch} per epoch"
         )
 
-        self.loader = DataLoader(
-            Numbered(encoders.dataset(train_clips, config)),
-            batch_sampler=SampleNumbers(
+        batches = max(self.total_steps - self.state.step, 0) * config.gradient_accumulation_steps
+        reading = {
+            "num_workers": config.num_workers,
+            "multiprocessing_context": "spawn" if config.num_workers else None,
+            "worker_init_fn": ignore_signals,
+            "pin_memory": accelerator.device.type == "cuda",
+        }
+        if stream:
+            stream.first = self.state.samples
+            self.loader = stream_loader(stream, batches, batch_size=config.train_batch_size, **reading)
+        else:
+            numbers = SampleNumbers(
                 first=self.state.samples,
-                batches=max(self.total_steps - self.state.step, 0) * config.gradient_accumulation_steps,
+                batches=batches,
                 batch_size=config.train_batch_size,
                 rank=accelerator.process_index,
                 world=accelerator.num_processes,
-            ),
-            num_workers=config.num_workers,
-            multiprocessing_context="spawn" if config.num_workers else None,
-            worker_init_fn=ignore_signals,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+            )
+            self.loader = DataLoader(Numbered(encoders.dataset(train_clips, config)), batch_sampler=numbers, **reading)
         self.bad, self.suspects = False, []  # whether the step under way has met what is no number, and where
         self.validation = None
         if config.validation_steps and held_out:
@@ -380,7 +403,7 @@ def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | Non
     return folder
 
 
-def for_this_run(start: Checkpoint, config: TrainingConfig) -> Checkpoint:
+def for_this_run(start: Checkpoint, config: TrainingConfig, screening: Screening) -> Checkpoint:
     """What the run's checkpoints will say of themselves."""
     settings = dataclasses.replace(
         start.settings,
@@ -389,7 +412,8 @@ def for_this_run(start: Checkpoint, config: TrainingConfig) -> Checkpoint:
         resolution=config.resolution,
         shift_offset=3 if config.frame_step == 1 else 7,  # SPEC.md section 5
         overlap=min(start.settings.overlap, config.num_frames - 1),
-        crop=0.5,  # training crops a square around the face, so animating should too
+        # Training crops a square around the face, so animating should too.
+        crop=None if screening.crop == NO_CROP else screening.crop_expand,
     )
     return dataclasses.replace(start, settings=settings)
 
@@ -433,26 +457,46 @@ def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
     return accelerator
 
 
-def prepare_data(
-    config: TrainingConfig, start: Checkpoint, extractor, device: torch.device, share: Share
-) -> PreparedData:
+def prepare_data(config: TrainingConfig, screening: Screening, extractor, share: Share) -> PreparedData:
     """Tracks and audio features of every video, made or reused; prints what was left out and why."""
-    cache = cache_dir(config)
-    data = prepare(
-        config.data_root,
-        cache,
-        extractor or LazyWhisper(start.whisper_path, cache / "whisper.json", device),
-        num_frames=config.num_frames,
-        frame_step=config.frame_step,
-        num_workers=config.num_workers,
-        progress=share.index == 0,
-        share=share,
-    )
+    data = PreparedData()
+    if config.data_root:
+        data = prepare(
+            config.data_root,
+            cache_dir(config),
+            extractor,
+            num_frames=config.num_frames,
+            frame_step=config.frame_step,
+            screening=screening,
+            num_workers=config.num_workers,
+            progress=share.index == 0,
+            share=share,
+        )
     if share.index == 0:
-        print(data.table())
+        if config.data_root:
+            print(data.table())
         path = Path(config.output_dir) / "config.json"
         path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     return data
+
+
+def shortest_clip(config: TrainingConfig) -> int:
+    """Ticks of a window and a reference frame."""
+    return config.num_frames * config.frame_step + 1
+
+
+def stream_shards(config: TrainingConfig, extractor, encoders: Encoders, share: Share) -> ShardStream:
+    """This process's part of the samples in --data_shards."""
+    settings = sample_settings(config) | {"clip_size": encoders.base.image_encoder.config.image_size}
+    return ShardStream(
+        shard_list(config.data_shards),
+        extractor.name,
+        settings,
+        needed=shortest_clip(config),
+        buffer=config.shard_buffer,
+        rank=share.index,
+        world=share.count,
+    )
 
 
 def keep_model_out_of_state(accelerator: Accelerator) -> None:
@@ -464,10 +508,13 @@ def keep_model_out_of_state(accelerator: Accelerator) -> None:
 def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
     """Prints what a run with these flags is made of, and stops before anything is loaded or written."""
     print(json.dumps(dataclasses.asdict(config), indent=1))
-    videos = find_videos(Path(config.data_root))
-    if not videos:
-        raise UserError(f"{config.data_root} holds no video: give the folder of your videos with --data_root")
-    print(f"data: {len(videos)} video files in {config.data_root}")
+    if config.data_shards:
+        print(f"data: {len(shard_list(config.data_shards))} shards, {config.data_shards}")
+    if config.data_root:
+        videos = find_videos(Path(config.data_root))
+        if not videos:
+            raise UserError(f"{config.data_root} holds no video: give the folder of your videos with --data_root")
+        print(f"data: {len(videos)} video files in {config.data_root}")
     print("model:", {part: str(path) for part, path in start.tensors.items()})
     print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
     if config.cache_latents:

@@ -324,6 +324,14 @@ class TrainingConfig(Checked):
     """One training run."""
 
     data_root: str = flag("", "folder of .mp4 .mov .mkv .webm files with speech, also nested", group="data and output")
+    data_shards: str | None = flag(
+        None,
+        "tar files of python -m sonic.prepare --export_shards to train on, files or URLs with braces, {000..099}, or stars; "
+        "a --data_root beside them is for validation alone",
+    )
+    shard_buffer: int = flag(
+        32, "clips out of --data_shards that each worker holds to draw the next one from", POSITIVE
+    )
     output_dir: str = flag("outputs", "where checkpoints, logs and validation videos go")
     model_path: str = flag(
         BASE_MODEL, "where training starts: a Stable Video Diffusion folder, or a checkpoint of ours", group="models"
@@ -457,5 +465,12 @@ class TrainingConfig(Checked):
             object.__setattr__(self, "lora_rank", LORA_RANK)
         if self.ema_device != "auto" and not self.ema_decay:
             raise UserError("ema_device is for an average: give --ema_decay too, 0.9999 for one")
-        if not self.data_root:
+        if self.data_shards and not self.max_train_steps:
+            raise UserError("a stream of shards has no epochs: give --max_train_steps beside --data_shards")
+        if self.data_shards and (self.cache_latents or self.init_audio2token):
+            raise UserError(
+                "cache_latents and init_audio2token need all clips at the start: leave them away with --data_shards, or train "
+                "on a folder"
+            )
+        if not (self.data_root or self.data_shards):
             raise UserError("data_root is missing: give the folder of your videos with --data_root")

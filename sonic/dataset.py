@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -18,14 +18,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sonic.audio import long_windows, short_windows
+from sonic.clips import Clip
 from sonic.config import FEATURES_PER_TICK, TICK_RATE
 from sonic.faces import MASK_GROWTH, square_crop, union_box
 from sonic.media import VideoReader, resize_square
-from sonic.motion import MOUTH, motion_buckets
+from sonic.motion import MOUTH, motion_buckets, window_buckets
 from sonic.portrait import clip_pixels, resized_mask
-from sonic.prepare import Clip
 
 CROP_EXPAND = 0.5  # of the face's size on each side, as in the released preprocessing
+CALM_DRAWS = 20  # windows that are drawn, at most, until one moves little enough
 OPEN_READERS = 4  # per worker; each holds a file handle and a decoder's pictures
 REFERENCE_DISTANCE = TICK_RATE  # ticks; a second away the mouth has said something else
 VAE_FACTOR = 8  # pixels of a picture per latent pixel
@@ -118,7 +119,7 @@ class SonicDataset(torch.utils.data.Dataset):
     def _square(self, clip: Clip, window: np.ndarray) -> tuple[int, int, int, int]:
         if self.crop_per == "clip":
             return clip_square(clip)
-        return window_square(clip.boxes[window], clip.width, clip.height)
+        return square_of(clip, clip.boxes[window])
 
     def _mirrored(self, number: int) -> bool:
         return bool(np.random.default_rng([self.seed, number, 2]).random() < self.flip)
@@ -131,8 +132,11 @@ class SonicDataset(torch.utils.data.Dataset):
         order = np.random.default_rng([self.seed, lap, 0]).permutation(len(self.clips))
         clip = self.clips[order[position]]
         rng = np.random.default_rng([self.seed, number, 1])
-        first = int(rng.integers(clip.num_ticks - self._span + 1))
-        window = first + self.frame_step * np.arange(self.num_frames, dtype=np.int64)
+        for _ in range(CALM_DRAWS):
+            first = int(rng.integers(clip.num_ticks - self._span + 1))
+            window = first + self.frame_step * np.arange(self.num_frames, dtype=np.int64)
+            if not any(bucket > clip.max_bucket for bucket in window_buckets(clip.landmarks[window])):
+                break
 
         # The reference, in falling order of preference: a second away and seen whole in the window's own square; outside
         # the window; anywhere (a clip of just one window has nothing else).
@@ -148,7 +152,7 @@ class SonicDataset(torch.utils.data.Dataset):
         """uint8 [F, R, R, 3] and [R, R, 3]; pictures are cut and shrunk one by one, full-size ones are not kept."""
         own = square
         if self.crop_per != "clip" and not inside(clip.boxes[reference][None], square)[0]:
-            own = _around(clip.boxes[reference], square[2] - square[0], clip.width, clip.height)
+            own = _in_area(clip, clip.boxes[reference], lambda *box: _around(box[0], square[2] - square[0], *box[1:]))
         wanted = {int(tick): None for tick in window}
         portrait = None
         for tick, picture in self._reader(clip).frames([clip.start + t for t in (*wanted, reference)]):
@@ -161,12 +165,13 @@ class SonicDataset(torch.utils.data.Dataset):
 
     def _hear(self, clip: Clip, ticks: Tensor) -> tuple[Tensor, Tensor]:
         """Short and long windows, cut from the whole video's features as inference does, reading only those around."""
+        heard = ticks - clip.offset
         with safe_open(clip.features, "pt") as file:
             features = file.get_slice("features")
-            low = max(0, FEATURES_PER_TICK * int(ticks[0]) - WINDOW_REACH)  # even, so that it is a whole tick
-            high = min(features.get_shape()[0], FEATURES_PER_TICK * int(ticks[-1]) + WINDOW_REACH)
+            low = max(0, FEATURES_PER_TICK * int(heard[0]) - WINDOW_REACH)  # even, so that it is a whole tick
+            high = min(features.get_shape()[0], FEATURES_PER_TICK * int(heard[-1]) + WINDOW_REACH)
             near = features[low:high].float()
-        ticks = ticks - low // FEATURES_PER_TICK
+        ticks = heard - low // FEATURES_PER_TICK
         return short_windows(near, ticks), long_windows(near, ticks)
 
     def _reader(self, clip: Clip) -> VideoReader:
@@ -177,9 +182,14 @@ class SonicDataset(torch.utils.data.Dataset):
         if path not in self._readers:
             while len(self._readers) >= OPEN_READERS:
                 self._readers.popitem(last=False)[1].close()
-            self._readers[path] = VideoReader(clip.path)
+            self._readers[path] = VideoReader(clip.path, late=clip.late)
         self._readers.move_to_end(path)
         return self._readers[path]
+
+    def close(self) -> None:
+        """Lets go of the files that are open in this process."""
+        while self._readers:
+            self._readers.popitem()[1].close()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_readers": OrderedDict()}
@@ -203,17 +213,30 @@ def mirror(pictures: np.ndarray) -> np.ndarray:
 
 def clip_square(clip: Clip) -> tuple[int, int, int, int]:
     """The square around the face's path through the whole clip, the same for every part of it."""
-    return window_square(clip.whole.boxes, clip.width, clip.height)
+    return square_of(clip, clip.whole.boxes)
 
 
-def window_square(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+def square_of(clip: Clip, boxes: np.ndarray) -> tuple[int, int, int, int]:
+    """`window_square` of a clip's face boxes [T, 4], with its margin and without its picture's borders."""
+    return _in_area(clip, boxes, lambda *window: window_square(*window, clip.expand))
+
+
+def _in_area(clip: Clip, boxes: np.ndarray, square: Callable) -> tuple[int, int, int, int]:
+    """A square that is found within the picture less its borders, in pixels of the whole picture."""
+    x0, y0, x1, y1 = clip.area or (0, 0, clip.width, clip.height)
+    corner = np.array([x0, y0, x0, y0], np.float32)
+    found = square(boxes - corner, x1 - x0, y1 - y0)
+    return found[0] + x0, found[1] + y0, found[2] + x0, found[3] + y0
+
+
+def window_square(boxes: np.ndarray, width: int, height: int, expand: float = CROP_EXPAND) -> tuple[int, int, int, int]:
     """One square x0, y0, x1, y1 that holds the face's whole path, boxes [T, 4], in a picture of that width and height.
 
     The released crop around the union of the boxes where that holds the path; else a larger one. Lies inside the picture
     unless the path is longer than the picture's shorter side; then it reaches over the edge, and `cut` repeats the edge.
     """
     union = np.clip(union_box(boxes), 0, [width, height, width, height])
-    x0, y0, x1, y1 = square_crop(union, CROP_EXPAND, width, height)
+    x0, y0, x1, y1 = square_crop(union, expand, width, height)
     side = min(max(x1 - x0, y1 - y0), width, height)  # the crop may be a pixel off square
     x0, y0 = min(x0, width - side), min(y0, height - side)
     square = (x0, y0, x0 + side, y0 + side)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,9 @@ CHIP_MARGIN = 0.6  # of the face's side; what the descriptor sees of a face's su
 VERIFY_EVERY = 5  # ticks between two detections of a followed face
 VERIFY_SCORE = -0.3  # a face that is known to be here may score lower than one that is searched for (0)
 MAX_GAP = 10  # ticks, 0.4 s: longer gaps split a track (issue 2, section 4)
+DETECTABLE = 80  # pixels; the smallest face that dlib's detector finds
+OTHER_OVERLAP = 0.2  # intersection over union under which a box is another face's
+LOOKS_LOST, LOOK_AGAIN = 10, 25  # looks that find nothing, after which only every 25th tick is looked at
 SAME_OVERLAP = 0.55  # intersection over union of landmarks' and detection's box; 0.74 to 0.86 on the trial videos
 BACK_OVERLAP = 0.3  # the same for a face that comes back after a gap, for it may have moved
 MAX_JUMP = 0.35  # of the face's size per tick: no head moves so fast, another face takes its place so
@@ -186,22 +189,45 @@ def _detector_box(landmarks: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- over a video
 
 
-def track_face(reader: VideoReader) -> list[FaceTrack]:
+# Called at every tick with the tick, the picture and its landmarks [68, 2], or None where no face is followed.
+Watcher = Callable[[int, np.ndarray, np.ndarray | None], None]
+
+
+def track_face(reader: VideoReader, watch: Watcher | None = None) -> list[FaceTrack]:
     """Follows the largest face through a video: a box and 68 landmarks for every tick of each track, smoothed.
 
     A track is one person without a break: gaps up to 0.4 s are interpolated, longer ones, jumps and cuts begin a new one.
     Memory does not grow with the picture. A video without faces gives an empty list. UserError: truncated.
     """
-    return follow_face(reader.scan(max_side=TRACK_SIDE), reader.info.width)
+    return follow_face(reader.scan(max_side=TRACK_SIDE), reader.info.width, watch)
 
 
-def follow_face(pictures: Iterable[tuple[int, np.ndarray]], width: int | None = None) -> list[FaceTrack]:
-    """The same for (tick, uint8 RGB [H, W, 3]) as they come, ticks ascending by one; in pixels of a picture `width` wide."""
+def follow_face(
+    pictures: Iterable[tuple[int, np.ndarray]], width: int | None = None, watch: Watcher | None = None
+) -> list[FaceTrack]:
+    """The same for (tick, uint8 RGB [H, W, 3]) as they come, ticks ascending by one; in pixels of a picture `width` wide.
+
+    `watch` sees every picture too, so that what else is measured needs no second decoding.
+    """
     follower, scale = _Follower(), 1.0
     for tick, picture in pictures:
         follower.see(tick, picture)
         scale = (width or picture.shape[1]) / picture.shape[1]
+        if watch:
+            watch(tick, picture, None if follower.lost else follower.last)
     return [_finish(start, ticks, points, scale) for start, ticks, points in follower.runs()]
+
+
+def second_face(picture: np.ndarray, landmarks: np.ndarray) -> float:
+    """Size of the largest other face as a share of the face at landmarks [68, 2], in uint8 RGB [H, W, 3]; 0 if there is none.
+
+    Finds faces of half that size, if they are 80 pixels large in a picture of 960 (what dlib's detector needs).
+    """
+    own = _detector_box(landmarks)
+    side = own[2] - own[0]
+    scale = min(2 * DETECTABLE / side, TRACK_SIDE / max(picture.shape[:2]), 1.0)
+    found = [box / scale for box in _detect(_resize(picture, scale), 0.0)]
+    return max((float((box[2] - box[0]) / side) for box in found if overlap(own, box) < OTHER_OVERLAP), default=0.0)
 
 
 @dataclass
@@ -213,6 +239,7 @@ class _Follower:
     last: np.ndarray | None = None  # landmarks of the last tick, None while no face is followed
     lost: int = 0  # ticks since the face was last seen
     thumbnail: np.ndarray | None = None  # the last picture, small
+    looks: int = 0  # in a row that found nothing
 
     def see(self, tick: int, picture: np.ndarray) -> None:
         """Takes in the next tick's picture."""
@@ -223,7 +250,7 @@ class _Follower:
             self._begin(tick, picture)
             return
         if self.last is None:
-            if tick % VERIFY_EVERY == 0:
+            if tick % (VERIFY_EVERY if self.looks < LOOKS_LOST else LOOK_AGAIN) == 0:
                 self._begin(tick, picture)
             return
         if self.lost:
@@ -243,16 +270,17 @@ class _Follower:
         """Starts a new person with the largest face, if there is one."""
         self.last, self.lost = None, 0
         faces = detect_faces(picture)
+        self.looks = 0 if faces else self.looks + 1
         if faces:
             self.last = faces[0].landmarks.astype(float)
-            self.known.append([(tick, self.last)])
+            self.known.append([(tick, self.last.astype(np.float32))])
 
     def _look_again(self, tick: int, picture: np.ndarray) -> None:
         """One tick of a gap: the face may come back where it was, and only for as long as a gap may last."""
         box = _find_near(picture, _detector_box(self.last), BACK_OVERLAP)
         if box is not None:
             self.last, self.lost = _predict(picture, box), 0
-            self.known[-1].append((tick, self.last))
+            self.known[-1].append((tick, self.last.astype(np.float32)))
             return
         self.lost += 1
         if self.lost > MAX_GAP:
@@ -271,18 +299,18 @@ class _Follower:
                     break
                 confirmed.append((tick, picture, points))
             self.lost = len(self.pending) - len(confirmed)
-        self.known[-1] += [(tick, points) for tick, _, points in confirmed]
-        self.last = self.known[-1][-1][1]
+        # Of a two-hour video there are 180,000.
+        self.known[-1] += [(tick, points.astype(np.float32)) for tick, _, points in confirmed]
+        self.last = self.known[-1][-1][1].astype(float)
         self.pending = []
 
-    def runs(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(start, ticks [n], landmarks [n, 68, 2]) of each person, in order."""
+    def runs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(start, ticks [n], landmarks [n, 68, 2]) of each person, in order, each handed over once."""
         self._settle()
-        runs = []
-        for person in self.known:
+        while self.known:
+            person = self.known.pop(0)
             ticks = np.array([tick for tick, _ in person])
-            runs.append((int(ticks[0]), ticks, np.stack([points for _, points in person])))
-        return runs
+            yield int(ticks[0]), ticks, np.stack([points for _, points in person])
 
 
 def _find_near(picture: np.ndarray, box: np.ndarray, least: float) -> np.ndarray | None:
@@ -304,12 +332,11 @@ def _moved(points: np.ndarray, before: np.ndarray) -> float:
 def _finish(start: int, ticks: np.ndarray, points: np.ndarray, scale: float) -> FaceTrack:
     """Interpolates the ticks between, smooths without delay, and scales to the full-size picture."""
     every = np.arange(start, ticks[-1] + 1)
-    flat = points.reshape(len(ticks), -1)
-    filled = np.stack([np.interp(every, ticks, column) for column in flat.T], axis=1).reshape(-1, 68, 2)
-    smooth = convolve1d(filled, SMOOTH_FACE, axis=0, mode="nearest")
-    mouth = convolve1d(filled, SMOOTH_MOUTH, axis=0, mode="nearest")
-    smooth[:, MOUTH_AND_CHIN] = mouth[:, MOUTH_AND_CHIN]
-    landmarks = (smooth * scale).astype(np.float32)
+    landmarks = np.empty((len(every), 68, 2), np.float32)
+    for number in range(68):  # one by one, so that a long video needs no copies of all of them
+        kernel = SMOOTH_MOUTH if number in MOUTH_AND_CHIN else SMOOTH_FACE
+        filled = np.stack([np.interp(every, ticks, column) for column in points[:, number].T], axis=1)
+        landmarks[:, number] = scale * convolve1d(filled, kernel, axis=0, mode="nearest")
     return FaceTrack(start, landmark_box(landmarks), landmarks)
 
 

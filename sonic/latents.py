@@ -35,11 +35,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from sonic.checkpoints import BaseModels, BaseSizes, load_base
+from sonic.clips import Clip
 from sonic.config import TICK_RATE, TrainingConfig, UserError
 from sonic.dataset import VAE_FACTOR, SonicDataset, clip_square, cut, mirror, pixels
 from sonic.media import VideoReader, resize_square
 from sonic.portrait import clip_pixels
-from sonic.prepare import Clip, Share
+from sonic.prepare import Share
 from sonic.training import EncodedClip, encode_frames, encoded_clip, sample_settings
 from sonic.weights import content_hash, remembered
 

@@ -15,6 +15,7 @@ import cv2
 import librosa
 import numpy as np
 import soundfile
+import soxr
 from av.video.reformatter import Interpolation
 from PIL import Image, ImageOps
 
@@ -47,7 +48,7 @@ def _readable(path, kind: str) -> Path:
     return path
 
 
-def _first_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+def first_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
     """The first stream that moves; cover art in a music file is a video stream too, and is none to us."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -55,9 +56,9 @@ def _first_video_stream(container: av.container.InputContainer) -> av.VideoStrea
     return None
 
 
-def _clock_zero(container: av.container.InputContainer, stream: av.stream.Stream) -> Fraction:
+def clock_zero(container: av.container.InputContainer, stream: av.stream.Stream) -> Fraction:
     """Time of second 0 of the shared clock: the first picture, or the first sample where there are no pictures."""
-    anchor = _first_video_stream(container) or stream
+    anchor = first_video_stream(container) or stream
     return (anchor.start_time or 0) * anchor.time_base
 
 
@@ -99,9 +100,50 @@ def _finite(samples: np.ndarray, path: Path) -> np.ndarray:
     return np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def scan_audio(path) -> Iterator[np.ndarray]:
+    """The sound of a video as `load_audio` gives it, float32 [n] of about a second at a time, whatever its length.
+
+    Soxr works on a stream here: samples are those of `load_audio` to 1e-4, and as many. UserError: no sound in it.
+    """
+    heard = made = 0  # samples of the file's rate in, of ours out
+    resampler, rate = None, SAMPLE_RATE
+    for rate, block in _audio_blocks(_readable(path, "audio")):
+        resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+        resampled = resampler.resample_chunk(np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0))
+        heard, made = heard + len(block), made + len(resampled)
+        yield resampled
+    if resampler:
+        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        wanted = max(math.ceil(heard * SAMPLE_RATE / rate) - made, 0)
+        yield np.pad(rest[:wanted], (0, max(wanted - len(rest), 0)))
+
+
+def audio_stretches(path, ends: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """The samples [first, last) of a video's sound for each pair, float32 at 16 kHz, shorter where the sound ends.
+
+    The sound is read once, up to the last of them, and never in memory as a whole. UserError: no sound in it.
+    """
+    parts: list[list[np.ndarray]] = [[] for _ in ends]
+    position = 0
+    for block in scan_audio(path):
+        for part, (first, last) in zip(parts, ends, strict=True):
+            if first < position + len(block) and position < last:
+                part.append(block[max(first - position, 0) : last - position].copy())
+        position += len(block)
+        if position >= max(last for _, last in ends):
+            break
+    return [np.concatenate([*part, np.zeros(0, np.float32)]) for part in parts]
+
+
 def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
     """Mono float32 [samples] at the file's own rate through FFmpeg, laid out by time stamp (gaps are silence)."""
-    pieces, position = [], 0  # position: samples laid out so far
+    rates, pieces = zip(*_audio_blocks(path), strict=True)
+    return _finite(np.concatenate(pieces), path), rates[0]
+
+
+def _audio_blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """The same in blocks of about a second, each with the rate; at least one, which may be empty."""
+    tail, position, rate = np.zeros(0, np.float32), 0, 0  # position: samples laid out so far
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
@@ -109,7 +151,7 @@ def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
             stream = container.streams.audio[0]
             if stream.codec_context is None:
                 raise UserError(f"{path} holds sound in a format that cannot be decoded: convert it to AAC or WAV.")
-            zero, coder = _clock_zero(container, stream), stream.codec_context
+            zero, coder = clock_zero(container, stream), stream.codec_context
             rate = _checked_rate(coder.sample_rate, coder.channels, path)
             start = (stream.start_time or 0) * stream.time_base
             to_float = av.AudioResampler(format="fltp")
@@ -122,19 +164,20 @@ def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
                         mono = mono[-starts_at:]
                     # Half a frame's slack: time stamps are coarser than samples, only real gaps are filled.
                     if starts_at - position > max(len(mono) // 2, rate // 100):
-                        pieces.append(np.zeros(starts_at - position, np.float32))
-                        position = starts_at
-                pieces.append(mono)
+                        mono = np.concatenate([np.zeros(starts_at - position, np.float32), mono])
+                tail = np.concatenate([tail, mono])
                 position += len(mono)
+                if len(tail) > rate + MAX_CODER_PADDING:
+                    yield rate, tail[:-MAX_CODER_PADDING]
+                    tail = tail[-MAX_CODER_PADDING:]
     except (av.error.FFmpegError, OSError) as error:
-        if not pieces:  # sound that breaks off is used up to there
+        if not position:  # sound that breaks off is used up to there
             raise UserError(f"{path} holds no readable audio ({_why(error)}): give a WAV, MP3, FLAC or MP4.") from error
-    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if stream.duration:  # coders fill their last block with silence, and the container knows the true end
         end = round((stream.duration * stream.time_base + start - zero) * rate)
-        if 0 < len(samples) - end < MAX_CODER_PADDING:
-            samples = samples[:end]
-    return _finite(samples, path), rate
+        if 0 < position - end < MAX_CODER_PADDING:
+            tail = tail[: max(len(tail) - (position - end), 0)]
+    yield rate, tail
 
 
 def _decode_what_can_be(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
@@ -171,10 +214,12 @@ class VideoReader:
 
     Every tick shows the last picture whose time stamp is not after it. Seeks, so a read costs at most the way from the
     keyframe before it; `frames_decoded` counts. Holds one open file: use as a context manager. UserError: no video.
+    late: seconds from the first picture to tick 0, for files that were cut out of a longer one between two of its ticks.
     """
 
-    def __init__(self, path, threads: int = 1):
+    def __init__(self, path, threads: int = 1, late: Fraction | int = 0):
         self.path = _readable(path, "video")
+        self._late = Fraction(late)
         self.frames_decoded = 0
         try:
             self._container = av.open(str(self.path))
@@ -189,13 +234,13 @@ class VideoReader:
             raise
 
     def _open_stream(self, threads: int) -> None:
-        stream = _first_video_stream(self._container)
+        stream = first_video_stream(self._container)
         if stream is None:
             raise UserError(f"{self.path} has no video stream: give a file with moving pictures.")
         if stream.codec_context is None:
             raise UserError(f"{self.path} holds pictures in a format that cannot be decoded: convert it to H.264.")
         self._stream = stream
-        self._zero = _clock_zero(self._container, stream)
+        self._zero = clock_zero(self._container, stream) + self._late
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
         index = stream.index_entries
@@ -222,7 +267,7 @@ class VideoReader:
         """Seconds of pictures. Matroska knows only the whole file's, which may be a longer sound's: look at the end."""
         stream, container = self._stream, self._container
         if stream.duration:
-            return float(stream.duration * stream.time_base)
+            return float(stream.duration * stream.time_base - self._late)
         promised = Fraction(container.duration or 0, av.time_base) + Fraction(container.start_time or 0, av.time_base)
         ends = {stream.index: self._zero}
         try:
@@ -374,16 +419,27 @@ class VideoWriter:
     """Writes H.264 + AAC (yuv420p, faststart) as a context manager; the file appears whole at the end or not at all.
 
     fps: 25, 12.5 ...; audio: float32 [samples] at 16 kHz, cut or padded with silence to the pictures' length. Odd sizes
-    repeat the last row or column. The same input gives the same bytes. UserError: the folder cannot be written to.
+    repeat the last row or column. crf: x264's, lower is better and larger. The same input gives the same bytes.
+    UserError: the folder cannot be written to.
     """
 
-    def __init__(self, path, fps: float, width: int, height: int, audio=None, metadata: dict[str, str] | None = None):
+    def __init__(
+        self,
+        path,
+        fps: float,
+        width: int,
+        height: int,
+        audio=None,
+        metadata: dict[str, str] | None = None,
+        crf: int = 18,
+    ):
         self.path = Path(path).absolute()
         self._partial = self.path.with_name(f".{self.path.stem}.partial{self.path.suffix or '.mp4'}")
         self._size = (width, height)
         self._fps = Fraction(fps).limit_denominator(1001)
         self._audio = None if audio is None else np.asarray(audio, dtype=np.float32).reshape(-1)
         self._metadata = metadata or {}
+        self._crf = crf
         self._frames = self._samples = 0
 
     def __enter__(self) -> VideoWriter:
@@ -408,7 +464,7 @@ class VideoWriter:
     def _add_streams(self) -> None:
         self._container.metadata.update(self._metadata)
         # Without cpu-independent, x264's macroblock tree gives other bytes from run to run for the same pictures.
-        options = {"crf": "18", "preset": "medium", "x264-params": "cpu-independent=1"}
+        options = {"crf": str(self._crf), "preset": "medium", "x264-params": "cpu-independent=1"}
         video = self._container.add_stream("libx264", rate=self._fps, options=options)
         video.width, video.height = (side + side % 2 for side in self._size)  # yuv420p halves both sides
         video.pix_fmt = "yuv420p"

@@ -16,6 +16,7 @@ INNER_LIPS = ([61, 62, 63], [67, 66, 65])  # upper, lower
 # them. Measured on the two talking heads of the trial videos, lowest / 10 % / median / 90 % / highest:
 #   head position  0.093 / 0.15 / 0.23 / 0.34 / 0.38     ->  25 / 41 / 63 / 92 / 103
 #   expression     0.030 / 0.036 / 0.052 / 0.065 / 0.077  ->  39 / 46 / 68 / 85 / 101
+NOSE_DEPTH = 2.0  # length of the line between the eyes' outer corners over how far the nose's tip lies before it
 TRANSLATION_SCALE = 270.0
 EXPRESSION_SCALE = 1300.0
 
@@ -46,6 +47,27 @@ def spread_to_buckets(translation: float, expression: float) -> tuple[float, flo
         float(min(TRANSLATION_SCALE * translation, MAX_BUCKET)),
         float(min(EXPRESSION_SCALE * expression, MAX_BUCKET)),
     )
+
+
+def window_buckets(landmarks: np.ndarray) -> tuple[float, float]:
+    """`motion_buckets` not cut off at 128: what tells a lively window from a wild one."""
+    translation, expression = motion_spread(landmarks)
+    return TRANSLATION_SCALE * translation, EXPRESSION_SCALE * expression
+
+
+def head_yaw(landmarks: np.ndarray) -> np.ndarray:
+    """Degrees [T] that the head is turned to the side, from landmarks [T, 68, 2]; positive to the picture's right.
+
+    The nose's tip lies before the line through the eyes' outer corners by half of that line's length (about 45 of 90 mm in
+    adults). Turned by an angle, seen from afar, the line shrinks with the cosine, and the tip goes to the side with the sine:
+    tangent = 2 * the tip's way from the line's middle, along the line, over the line's length. Tilting the head in the
+    picture changes neither.
+    """
+    points = np.asarray(landmarks, dtype=np.float64)
+    right, left, tip = points[:, 36], points[:, 45], points[:, 30]
+    line = left - right
+    along = ((tip - (right + left) / 2) * line).sum(axis=1) / np.maximum((line**2).sum(axis=1), 1e-9)
+    return np.degrees(np.arctan(NOSE_DEPTH * along))
 
 
 def face_size(landmarks: np.ndarray) -> np.ndarray:

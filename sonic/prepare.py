@@ -1,16 +1,22 @@
-"""A folder of videos to prepared clips: face tracks and audio features, cached, resumable, spread over processes.
+"""A folder of videos to prepared clips: measured, judged, cached, resumable, spread over processes.
 
-Stage 1 (worker processes, no torch): probe, check the sound, track the face. Stage 2 (this process): audio features.
-Several processes of one run each do their `Share` of the videos, and then all read the whole cache.
+    python -m sonic.prepare --data_root VIDEOS --cache_dir CACHE --num_workers 16     # and training with the same --cache_dir
+    accelerate launch --num_processes 4 -m sonic.prepare ...                          # machines share one --cache_dir
+    python -m sonic.prepare ... --celebvhq celebvhq_info.json                         # VIDEOS: CelebV-HQ's raw videos
+    python -m sonic.prepare ... --whisper_path WHISPER --export_shards SHARDS         # for training with --data_shards
+
+Stage 1 (worker processes, no torch): `measuring`. Then the verdict (`judging`), and stage 2 (this process): audio features.
+Several processes of one run each do their `Share` of the videos, and then all read the whole cache. Runs that share a cache
+without knowing of each other only do some work twice: what is written is whole, and the same whoever writes it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+import functools
 import json
 import multiprocessing
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,60 +24,26 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from sonic.config import FEATURES_PER_TICK, SAMPLES_PER_TICK, TICK_RATE, UserError
-from sonic.faces import track_face
-from sonic.media import VideoReader, load_audio
+from sonic.celebvhq import cut_clips
+from sonic.clips import Clip
+from sonic.config import FEATURES_PER_TICK, NO_CROP, POSITIVE, STEP, TICK_RATE, WHOLE, UserError
+from sonic.data_report import write_report
+from sonic.flags import Checked, Parser, config_from, flag, number, run
+from sonic.judging import judge
+from sonic.measuring import Measured, measure
+from sonic.media import load_audio
+from sonic.pieces import Piece, Screening, by_step
+from sonic.track_cache import VERSION, entry_key, load_measured, make_folder, save_measured, write_whole
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}
-VERSION = 1  # of stage 1's results; raise it when tracks would come out otherwise, and cached ones are made anew
-SILENCE = -60.0  # dBFS; below lies the hiss of an empty track
-
-HELD_OUT_SHARE = 0.05  # of the videos, where there are enough of them
-ENOUGH_VIDEOS = 10
-HELD_OUT_TAIL = 0.2  # of every clip's time, where there are not
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One person speaking without a break: consecutive ticks of one video. Boxes and landmarks in its pixels."""
-
-    name: str  # relative path @ first tick, unique
-    path: Path
-    start: int  # first tick, on the video's clock
-    boxes: np.ndarray  # float32 [T, 4]
-    landmarks: np.ndarray  # float32 [T, 68, 2]
-    features: Path  # safetensors: the whole video's audio features, fp16 [2 * ticks, layers, width]
-    width: int
-    height: int
-    part_of: Clip | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def num_ticks(self) -> int:
-        return len(self.boxes)
-
-    @property
-    def whole(self) -> Clip:
-        """The clip as it was prepared, if this is a part of one."""
-        return self.part_of or self
-
-    @property
-    def video(self) -> str:
-        """The video's path below the data folder."""
-        return self.name.rpartition("@")[0]
-
-    def part(self, first: int, last: int) -> Clip:
-        """The clip's ticks [first, last), counted from its own start."""
-        start = self.start + first
-        name = f"{self.video}@{start}"
-        boxes, landmarks = self.boxes[first:last], self.landmarks[first:last]
-        return replace(self, name=name, start=start, boxes=boxes, landmarks=landmarks, part_of=self.whole)
+SCREENING = "screening.json"  # in the cache: the thresholds that python -m sonic.prepare was given
+WHOLE_PICTURE = 1e6  # face sizes of margin, which the picture's edges limit
 
 
 @dataclass(frozen=True)
@@ -106,24 +78,36 @@ class Report:
 
 @dataclass
 class PreparedData:
-    """What training reads: the usable clips, and each unusable video with its reason."""
+    """What training reads: the usable clips, all pieces with what was measured, and each unusable video with its reason."""
 
     clips: list[Clip] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)  # of all videos, kept and dropped
     report: Report = field(default_factory=Report)
 
     def table(self) -> str:
         """One line per video that was left out, and a summary, as plain text."""
-        videos = len({clip.video for clip in self.clips})
-        seconds = sum(clip.num_ticks for clip in self.clips) / TICK_RATE
-        lines = [
-            f"{videos} videos used: {len(self.clips)} clips, {seconds:.1f} s; {len(self.left_out)} videos left out"
-        ]
+        kept = self.clips or [piece for piece in self.pieces if piece.kept]
+        videos = len({one.video for one in kept})
+        seconds = sum(one.num_ticks for one in kept) / TICK_RATE
+        lines = [f"{videos} videos used: {len(kept)} clips, {seconds:.1f} s; {len(self.left_out)} videos left out"]
+        dropped = [piece for piece in self.pieces if not piece.kept]
+        if dropped:
+            counts = ", ".join(f"{step} {count}" for step, count in by_step(dropped).items() if count)
+            lines[0] += f"; {len(dropped)} pieces dropped ({counts})"
         # A name may hold a line break, which must not break the table.
         names = [repr(name)[1:-1] for name, _ in self.left_out]
         column = min(max(map(len, names), default=0), 60)
         lines += [f"  {name:<{column}}  {reason}" for name, (_, reason) in zip(names, self.left_out, strict=True)]
         return "\n".join(lines)
+
+
+class NothingUsable(UserError):
+    """All videos were left out. `data` says why."""
+
+    def __init__(self, message: str, data: PreparedData):
+        super().__init__(message)
+        self.data = data
 
 
 # ------------------------------------------------------------------------------------------------------------ the doors
@@ -132,54 +116,83 @@ class PreparedData:
 def prepare(
     data_root,
     cache_dir,
-    extractor,
+    extractor=None,
     *,
     num_frames: int,
     frame_step: int,
+    screening: Screening | None = None,
     num_workers: int = 0,
     progress: bool = True,
     share: Share | None = None,
 ) -> PreparedData:
-    """Tracks and features for every video below `data_root`, from the cache where it has them; writes prepared.json.
+    """Clips of every video below `data_root`, from the cache where it has them; writes prepared.json.
 
-    extractor: `sonic.audio.AudioExtractor`. A clip has at least num_frames * frame_step + 1 ticks: a window and a
-    reference frame. With a `share` this process makes what is missing of its own videos only, and waits for the others;
-    all get the same result. UserError, with the table: no video can be used.
+    extractor: `sonic.audio.AudioExtractor`; None makes no features, and gives no clips, only pieces. screening: default
+    thresholds if None. A clip has at least num_frames * frame_step + 1 ticks: a window and a reference frame. With a `share`
+    this process makes what is missing of its own videos only, and waits for the others; all get the same result.
+    UserError, with the table: no video can be used.
     """
-    share = share or Share()
+    share, screening = share or Share(), screening or Screening()
     data_root, cache_dir = Path(data_root), Path(cache_dir)
     videos = find_videos(data_root, cache_dir)
     if not videos:
         wanted = " ".join(sorted(VIDEO_SUFFIXES))
         raise UserError(f"{data_root} holds no video ({wanted}): give the folder of your videos with --data_root.")
-    data = PreparedData()
-    tracks, features = cache_dir / "tracks", cache_dir / "features" / extractor.name
-    _make_folder(tracks)
-    own, needed = share.of(videos), num_frames * frame_step + 1
-    entries = _track_all(data_root, own, tracks, num_workers, progress, data.report)
+    data, tracks = PreparedData(), cache_dir / "tracks"
+    features = cache_dir / "features" / extractor.name if extractor else None
+    make_folder(tracks)
+    needed = num_frames * frame_step + 1
+    syncnet = _syncnet(screening.syncnet_path, cache_dir) if screening.syncnet_path else None
     outcomes = []
-    for name in tqdm(own, desc="audio features", unit="video", disable=None if progress else True):
-        video = entries[name]
-        reason = video.reason or _too_short(video, needed)
-        reason = reason or _listen(data_root / name, video, extractor, features, data.report)
-        outcomes.append((name, video.key, reason))
+    own = share.of(videos)
+    keys, failed = _measure_all(data_root, own, tracks, num_workers, progress, data.report)
+    step = "audio features" if extractor else "judging"
+    for name in tqdm(own, desc=step, unit="video", disable=None if progress else True):
+        measured = None if name in failed else load_measured(tracks / f"{keys[name]}.safetensors")
+        measured = measured or Measured(reason=failed.get(name, "changed or gone while it was prepared"))
+        own = functools.partial(syncnet, data_root / name, measured.key) if syncnet else None
+        pieces = judge(name, measured, screening, needed, own)
+        if extractor:
+            entry = features / f"{measured.key}.safetensors"
+            pieces = _listen(data_root / name, pieces, measured.num_ticks, extractor, entry, data.report)
+        outcomes.append((name, measured.key, pieces))
 
-    outcomes = {name: (key, reason) for name, key, reason in share.gather(outcomes)}
+    outcomes = {name: (key, pieces) for name, key, pieces in share.gather(outcomes)}
     data.report = Report.sum(share.gather([data.report]))
     for name in videos:
-        key, reason = outcomes.get(name, ("", None))
-        if reason is not None:
-            data.left_out.append((name, reason))
-            continue
-        video = entries[name] = entries.get(name) or _load_video(tracks / f"{key}.safetensors")
-        if video is None:  # another process has done it, elsewhere
-            raise UserError(f"another process's results are not in {cache_dir}: give one that all machines see.")
-        data.clips += _clips(data_root / name, name, video, features / f"{key}.safetensors", needed)
+        key, pieces = outcomes.get(name, ("", []))
+        data.pieces += pieces
+        kept = [piece for piece in pieces if piece.kept]
+        if pieces and not kept:
+            data.left_out.append((name, _why(pieces)))
+        elif extractor:
+            measured = load_measured(tracks / f"{key}.safetensors")
+            if measured is None:  # another process has done it, elsewhere
+                raise UserError(f"another process's results are not in {cache_dir}: give one that all machines see.")
+            data.clips += _clips(data_root / name, measured, kept, features / f"{key}.safetensors", screening)
     if share.index == 0:
-        _write(cache_dir / "prepared.json", _listing(data, videos, entries, extractor).encode())
-    if not data.clips:
-        raise UserError(f"No video in {data_root} can be used:\n{data.table()}")
+        write_whole(cache_dir / "prepared.json", _listing(data, videos, screening, extractor).encode())
+    if not any(piece.kept for piece in data.pieces):
+        raise NothingUsable(f"No video in {data_root} can be used:\n{data.table()}", data)
     return data
+
+
+def _why(pieces: list[Piece]) -> str:
+    """The reason of a video of which nothing is kept: its longest piece's."""
+    longest = max(pieces, key=lambda piece: piece.num_ticks)
+    return longest.reason if len(pieces) == 1 else f"{len(pieces)} pieces dropped, the longest: {longest.reason}"
+
+
+def screening_for(given: dict, cache_dir: Path) -> Screening:
+    """The thresholds of a run: those given by name, the others as python -m sonic.prepare left them in the cache, or defaults."""
+    path, recorded = Path(cache_dir) / SCREENING, {}
+    if path.exists():
+        try:
+            known = {one.name for one in dataclasses.fields(Screening)}
+            recorded = {name: value for name, value in json.loads(path.read_text()).items() if name in known}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read: run python -m sonic.prepare again, or remove it") from error
+    return Screening(**recorded | given)
 
 
 def find_videos(data_root: Path, skip: Path | None = None) -> list[str]:
@@ -200,73 +213,12 @@ def find_videos(data_root: Path, skip: Path | None = None) -> list[str]:
     return sorted(found)
 
 
-def hold_out(clips: Sequence[Clip], window: int = 26) -> tuple[list[Clip], list[Clip]]:
-    """(training clips, validation clips), nothing in both. `window`: the fewest ticks that make a clip (num_frames *
-    frame_step + 1).
-
-    From 10 videos on, those whose name's hash lies in the lowest 5 %, so that a video never moves when others are added,
-    but the two lowest at least; with fewer videos the last fifth of every clip that is long enough for both parts, or else
-    one whole clip.
-    """
-    videos = sorted({clip.video for clip in clips}, key=_hash)
-    if len(videos) >= ENOUGH_VIDEOS:
-        held = {video for video in videos if int(_hash(video), 16) < HELD_OUT_SHARE * 16 ** len(_hash(video))}
-        held |= set(videos[:2])
-        return [c for c in clips if c.video not in held], [c for c in clips if c.video in held]
-    train, validation = [], []
-    for clip in clips:
-        tail = max(round(clip.num_ticks * HELD_OUT_TAIL), window)
-        if clip.num_ticks - tail >= window:
-            train.append(clip.part(0, clip.num_ticks - tail))
-            validation.append(clip.part(clip.num_ticks - tail, clip.num_ticks))
-        else:
-            train.append(clip)
-    if not validation and len(clips) > 1:
-        held = min(clips, key=lambda clip: _hash(clip.name))
-        return [clip for clip in clips if clip is not held], [held]
-    return train, validation
-
-
-# ------------------------------------------------------------------------------------------------------ stage 1: tracks
-
-
-@dataclass
-class _Video:
-    """Stage 1's result for one file: why it is no use, or its tracks as (start, boxes, landmarks)."""
-
-    reason: str | None = None
-    width: int = 0
-    height: int = 0
-    num_ticks: int = 0  # ticks that have both picture and sound
-    tracks: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
-    key: str = ""
-
-
-def _look_at(path: Path) -> _Video:
-    """Opens, listens, follows the face. Whatever is wrong with the file becomes its reason; nothing else is caught."""
-    try:
-        with VideoReader(path) as reader:
-            video = _Video(width=reader.info.width, height=reader.info.height)
-            if not reader.info.has_audio:
-                return _Video(reason="no audio stream")
-            speech = load_audio(path)
-            level = 20 * np.log10(max(float(np.sqrt(np.mean(speech**2, dtype=np.float64))), 1e-10))
-            if level < SILENCE:
-                return _Video(reason=f"silent ({level:.0f} dBFS, needs {SILENCE:.0f})")
-            video.num_ticks = min(reader.num_ticks, len(speech) // SAMPLES_PER_TICK)
-            for track in track_face(reader):
-                length = min(len(track.boxes), video.num_ticks - track.start)
-                if length > 0:
-                    video.tracks.append((track.start, track.boxes[:length], track.landmarks[:length]))
-            return video if video.tracks else _Video(reason="no face found")
-    # The one place where a file's failure becomes a row of the table: what readers and decoders raise on bad files.
-    except (UserError, av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
-        return _Video(reason=str(error).removeprefix(f"{Path(path).absolute()}").lstrip(" :") or type(error).__name__)
+# ----------------------------------------------------------------------------------------------------- stage 1: measuring
 
 
 def _work(path: Path, entry: Path) -> None:
     """One worker's task: the result goes to disk, not through the pipe, so that an interruption loses nothing done."""
-    _save_video(_look_at(path), entry)
+    save_measured(measure(path), entry)
 
 
 def _one_thread() -> None:
@@ -274,34 +226,39 @@ def _one_thread() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole group: without each worker's traceback
 
 
-def _track_all(
+def _measure_all(
     data_root: Path, videos: list[str], folder: Path, num_workers: int, progress: bool, report: Report
-) -> dict[str, _Video]:
-    """Stage 1 for every video that the cache does not hold yet."""
-    entries: dict[str, _Video] = {}
-    todo: list[tuple[str, Path]] = []
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Stage 1 for every video that the cache does not hold yet: the name of each video's entry there, or why it has none."""
+    keys: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    todo: list[tuple[str, Path, Path]] = []
     for name in videos:
         try:
-            key = _key(data_root / name, name)
+            keys[name] = entry_key(data_root / name, name)
         except OSError as error:  # a link to nowhere, or gone since the folder was listed
-            entries[name] = _Video(reason=f"cannot be read ({error.strerror})")
+            failed[name] = f"cannot be read ({error.strerror})"
             continue
-        entry = folder / f"{key}.safetensors"
-        cached = _load_video(entry)
-        if cached is None:
-            todo.append((name, entry))
+        entry = folder / f"{keys[name]}.safetensors"
+        if load_measured(entry) is None:
+            todo.append((name, data_root / name, entry))
         else:
-            entries[name] = cached
             report.tracks_reused += 1
-    with tqdm(
-        total=len(videos), initial=len(entries), desc="face tracks", unit="video", disable=None if progress else True
-    ) as bar:
-        for name, entry, reason in _run([(n, data_root / n, e) for n, e in todo], num_workers):
+    bar = tqdm(
+        total=len(videos),
+        initial=len(videos) - len(todo),
+        desc="measuring",
+        unit="video",
+        disable=None if progress else True,
+    )
+    with bar:
+        for name, _, reason in _run(todo, num_workers):
             # A worker's death is not written down: it may have been the machine's fault, and is tried again next time.
-            entries[name] = _load_video(entry) if reason is None else _Video(reason=reason)
+            if reason is not None:
+                failed[name] = reason
             report.tracks_made += reason is None
             bar.update()
-    return entries
+    return keys, failed
 
 
 def _run(tasks: list[tuple[str, Path, Path]], num_workers: int) -> Iterator[tuple[str, Path, str | None]]:
@@ -358,96 +315,60 @@ class _Pool(ProcessPoolExecutor):
         return super().__exit__(kind, error, trace)
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+def _syncnet(weights: str, cache_dir: Path):
+    """SyncNet's word on pieces of videos. Imported here: it brings torch."""
+    from sonic.syncnet import PieceSync
 
-
-def _key(path: Path, name: str) -> str:
-    """The cache entry's name: readable, and another one when the file or this code's results change."""
-    status = path.stat()
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).stem)[:40]
-    return f"{readable}-{_hash(f'{name}|{status.st_size}|{status.st_mtime_ns}|{VERSION}')[:16]}"
-
-
-def _save_video(video: _Video, entry: Path) -> None:
-    tensors = {}
-    for number, (_, boxes, landmarks) in enumerate(video.tracks):
-        tensors |= {f"{number}.boxes": boxes, f"{number}.landmarks": landmarks}
-    facts = {"reason": video.reason, "width": video.width, "height": video.height, "num_ticks": video.num_ticks}
-    facts["starts"] = [start for start, _, _ in video.tracks]
-    _write(entry, save(tensors, metadata={"video": json.dumps(facts)}))
-
-
-def _load_video(entry: Path) -> _Video | None:
-    """A cached result, or None where there is none, or one that is damaged or not ours: it is made again."""
-    if not entry.exists():
-        return None
-    try:
-        with safe_open(entry, "np") as file:
-            facts = json.loads(file.metadata()["video"])
-            tracks = [
-                (int(start), file.get_tensor(f"{n}.boxes"), file.get_tensor(f"{n}.landmarks"))
-                for n, start in enumerate(facts["starts"])
-            ]
-        sizes = [int(facts[name]) for name in ("width", "height", "num_ticks")]
-        video = _Video(facts["reason"], *sizes, tracks, key=entry.stem)
-    # No metadata at all is a TypeError, a missing entry a KeyError, bad JSON a ValueError.
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None
-    return video if _plausible(video) else None
-
-
-def _plausible(video: _Video) -> bool:
-    """Whether a result read from the cache is one that `_look_at` can have given."""
-    if video.reason is not None:
-        return isinstance(video.reason, str) and not video.tracks
-    if not video.tracks or min(video.width, video.height) < 1:
-        return False
-    return all(
-        start >= 0
-        and 0 < len(boxes) <= video.num_ticks - start
-        and boxes.shape == (len(boxes), 4)
-        and landmarks.shape == (len(boxes), 68, 2)
-        and boxes.dtype == landmarks.dtype == np.float32
-        for start, boxes, landmarks in video.tracks
-    )
+    return PieceSync(Path(weights), cache_dir / "syncnet")
 
 
 # ---------------------------------------------------------------------------------------------------- stage 2: features
 
 
-def _long_enough(video: _Video, needed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    return [track for track in video.tracks if len(track[1]) >= needed]
-
-
-def _too_short(video: _Video, needed: int) -> str | None:
-    """The reason to leave a tracked video out, if no track is long enough."""
-    if _long_enough(video, needed):
-        return None
-    longest = max(len(boxes) for _, boxes, _ in video.tracks)
-    return f"too short: {longest} ticks with a face and sound, needs {needed} ({TICK_RATE} per second)"
-
-
-def _listen(path: Path, video: _Video, extractor, folder: Path, report: Report) -> str | None:
-    """Makes a video's features where the cache has none; the reason if it cannot be heard."""
-    features = folder / f"{video.key}.safetensors"
-    if _features_fit(features, extractor, video.num_ticks):
+def _listen(path: Path, pieces: list[Piece], num_ticks: int, extractor, features: Path, report: Report) -> list[Piece]:
+    """Makes a video's features where a piece is kept and the cache has none; without sound, no piece is kept."""
+    if not any(piece.kept for piece in pieces):
+        return pieces
+    if _features_fit(features, extractor, num_ticks):
         report.features_reused += 1
-        return None
+        return pieces
     try:
         speech = load_audio(path)
     except UserError as error:  # gone or changed since its faces were tracked
-        return str(error)
+        return [replace(piece, kept=False, step="probe", reason=str(error)) for piece in pieces]
     _save_features(extractor, speech, features)
     report.features_made += 1
-    return None
+    return pieces
 
 
-def _clips(path: Path, name: str, video: _Video, features: Path, needed: int) -> list[Clip]:
-    return [
-        Clip(f"{name}@{start}", path, start, boxes, landmarks, features, video.width, video.height)
-        for start, boxes, landmarks in _long_enough(video, needed)
-    ]
+def _clips(path: Path, measured: Measured, pieces: list[Piece], features: Path, screening: Screening) -> list[Clip]:
+    clips = []
+    for piece in pieces:
+        start, boxes, landmarks = _track_of(measured, piece)
+        inside = slice(piece.start - start, piece.start - start + piece.num_ticks)
+        numbers = piece.numbers
+        clips.append(
+            Clip(
+                f"{piece.video}@{piece.start}",
+                path,
+                piece.start,
+                boxes[inside].copy(),  # or the whole track would stay in memory
+                landmarks[inside].copy(),
+                features,
+                measured.width,
+                measured.height,
+                offset=int(numbers["sync_shift"]),
+                area=tuple(int(numbers[edge]) for edge in ("left", "top", "right", "bottom")),
+                expand=WHOLE_PICTURE if screening.crop == NO_CROP else screening.crop_expand,
+                max_bucket=screening.max_motion_bucket,
+            )
+        )
+    return clips
+
+
+def _track_of(measured: Measured, piece: Piece) -> tuple[int, np.ndarray, np.ndarray]:
+    """The track that a piece was cut from."""
+    return next(track for track in measured.tracks if track[0] <= piece.start < track[0] + len(track[1]))
 
 
 def _features_fit(path: Path, extractor, num_ticks: int) -> bool:
@@ -469,46 +390,167 @@ def _save_features(extractor, speech: np.ndarray, path: Path) -> None:
     from sonic.audio import check_features  # here, because it brings torch, which the worker processes do without
 
     features = check_features(extractor(speech), extractor, len(speech))
-    _make_folder(path.parent)
-    _write(path, save({"features": features.half().cpu().contiguous().numpy()}))
+    make_folder(path.parent)
+    write_whole(path, save({"features": features.half().cpu().contiguous().numpy()}))
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give another --cache_dir.") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, also when two runs write the same entry."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}): give another --cache_dir.") from error
-
-
-def _listing(data: PreparedData, videos: list[str], entries: dict[str, _Video], extractor) -> str:
-    """prepared.json: every video, used or left out."""
+def _listing(data: PreparedData, videos: list[str], screening: Screening, extractor) -> str:
+    """prepared.json: every video with what is used of it, or why nothing is; all pieces; the thresholds."""
     reasons = dict(data.left_out)
-    clips: dict[str, list[dict]] = {}
-    for clip in data.clips:
-        facts = {"name": clip.name, "start": clip.start, "num_ticks": clip.num_ticks}
-        clips.setdefault(clip.video, []).append(facts)
-    rows = []
-    for name in videos:
-        row = {"video": name, "used": name not in reasons}
-        if name in reasons:
-            row["reason"] = reasons[name]
-        else:
-            video = entries[name]
-            row |= {"width": video.width, "height": video.height, "num_ticks": video.num_ticks}
-            row["clips"] = clips[name]
-        rows.append(row)
-    return json.dumps({"version": VERSION, "extractor": extractor.name, "videos": rows}, indent=1) + "\n"
+    rows = [{"video": name, "used": name not in reasons} for name in videos]
+    kept: dict[str, list[dict]] = {}
+    for piece in data.pieces:
+        if piece.kept:
+            facts = {"name": f"{piece.video}@{piece.start}", "start": piece.start, "num_ticks": piece.num_ticks}
+            kept.setdefault(piece.video, []).append(facts)
+    for row in rows:
+        row |= {"clips": kept[row["video"]]} if row["used"] else {"reason": reasons[row["video"]]}
+    listing = {
+        "version": VERSION,
+        "extractor": extractor.name if extractor else None,
+        "screening": dataclasses.asdict(screening),
+        "videos": rows,
+        "pieces": [piece.to_json() for piece in data.pieces],
+    }
+    return json.dumps(listing, indent=1) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+@dataclass(frozen=True)
+class PrepareConfig(Checked):
+    """One preparation."""
+
+    data_root: str = flag(
+        dataclasses.MISSING, "folder of .mp4 .mov .mkv .webm files with speech, also nested", group="data and output"
+    )
+    cache_dir: str = flag(dataclasses.MISSING, "where the preparation goes; give the same to training")
+    num_frames: int = flag(25, "frames of a training window, which a piece has to hold", number(int, low=2))
+    frame_step: int = flag(2, "ticks per frame: 1 trains 25 frames per second, 2 trains 12.5", STEP)
+    whisper_path: str | None = flag(
+        None, "Whisper folder: make the audio features now too (default: training makes them when it starts)"
+    )
+    audio_extractor: str | None = flag(None, "FILE.py:NAME of your own audio features, instead of --whisper_path")
+    num_workers: int = flag(4, "processes that measure; 0 measures in the main process", WHOLE)
+    celebvhq: str | None = flag(
+        None, "CelebV-HQ's celebvhq_info.json: cut its clips out of the raw videos in --data_root, and prepare these"
+    )
+    export_shards: str | None = flag(
+        None, "folder for the kept clips as tar files that training reads with --data_shards; needs --whisper_path"
+    )
+    shard_size: int = flag(64, "clips per tar file", POSITIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.whisper_path and self.audio_extractor:
+            raise UserError("whisper_path and audio_extractor are two kinds of features: give one of them")
+        if self.export_shards and not (self.whisper_path or self.audio_extractor):
+            raise UserError("shards hold audio features: give --whisper_path beside --export_shards")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_config(PrepareConfig)
+    parser.add_config(Screening)
+    parsed = parser.parse_args(arguments)
+    config, screening = config_from(PrepareConfig, parsed), config_from(Screening, parsed)
+    share = _processes()
+    cache_dir = Path(config.cache_dir)
+    make_folder(cache_dir)
+    if share.index == 0:
+        write_whole(cache_dir / SCREENING, (json.dumps(dataclasses.asdict(screening), indent=1) + "\n").encode())
+    data_root, uncut = config.data_root, []
+    if config.celebvhq:
+        data_root, uncut = _cut_celebvhq(config, share)
+    extractor = _extractor(config)
+
+    def report(data: PreparedData) -> None:
+        if share.index == 0:
+            page = write_report([*data.pieces, *uncut], screening, _look_in(cache_dir), data_root, cache_dir)
+            print(f"to look at: {page}\nall pieces with what was measured: {cache_dir / 'prepared.json'}")
+
+    try:
+        data = prepare(
+            data_root,
+            cache_dir,
+            extractor,
+            num_frames=config.num_frames,
+            frame_step=config.frame_step,
+            screening=screening,
+            num_workers=config.num_workers,
+            progress=share.index == 0,
+            share=share,
+        )
+    except NothingUsable as nothing:
+        report(nothing.data)
+        raise
+    if share.index == 0:
+        print(data.table())
+    report(data)
+    if config.export_shards:
+        from sonic.shards import export_shards  # brings torch
+
+        left_out = export_shards(
+            data.clips, extractor.name, config.export_shards, config.shard_size, share, progress=share.index == 0
+        )
+        if share.index == 0:
+            print(f"shards of {len(data.clips) - len(left_out)} clips: {config.export_shards}")
+            print("".join(f"  {name!r} left out: {reason}\n" for name, reason in left_out), end="")
+
+
+def _cut_celebvhq(config: PrepareConfig, share: Share) -> tuple[Path, list[Piece]]:
+    """The folder of CelebV-HQ's clips, and a dropped piece for each that cannot be cut."""
+    folder = Path(config.cache_dir) / "celebvhq"
+    left_out = cut_clips(
+        config.celebvhq,
+        config.data_root,
+        find_videos(Path(config.data_root), Path(config.cache_dir)),
+        folder,
+        share,
+        num_workers=config.num_workers,
+        progress=share.index == 0,
+    )
+    if share.index == 0 and left_out:
+        print(f"{len(left_out)} clips of CelebV-HQ cannot be cut, {left_out[0][0]!r} for one: {left_out[0][1]}")
+    return folder, [Piece(f"{name}.mp4", 0, 0, False, "probe", reason) for name, reason in left_out]
+
+
+def _look_in(cache_dir: Path) -> Callable[[Piece], Measured | None]:
+    """What gives the measurement of a piece's video."""
+    return lambda piece: load_measured(cache_dir / "tracks" / f"{piece.entry}.safetensors") if piece.entry else None
+
+
+def _processes() -> Share:
+    """This process's share of the work where accelerate launch started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Share()
+    from datetime import timedelta
+
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState(cpu=True, timeout=timedelta(days=7))  # a process waits for the slowest
+    return Share(state.process_index, state.num_processes, gather_object)
+
+
+def _extractor(config: PrepareConfig):
+    """What makes the features now, if they are to be made: the user's own, or Whisper, which is loaded when the first are made.
+    Imported here: they bring torch."""
+    if config.audio_extractor:
+        from sonic.audio import load_extractor
+
+        return load_extractor(config.audio_extractor)
+    if not config.whisper_path:
+        return None
+    import torch
+
+    from sonic.checkpoints import LazyWhisper
+    from sonic.weights import locate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return LazyWhisper(locate(config.whisper_path, "Whisper"), Path(config.cache_dir) / "whisper.json", device)
+
+
+if __name__ == "__main__":
+    run(main)

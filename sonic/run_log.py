@@ -20,8 +20,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sonic.clips import Clip
 from sonic.config import TrainingConfig, UserError
-from sonic.prepare import Clip
 from sonic.weights import ROOT, read_json
 
 PROVENANCE = "run.json"

@@ -60,8 +60,18 @@ def band_level(power: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def band_energy(power: np.ndarray) -> np.ndarray:
     """Mean level of the speech band's octaves relative to the clip's speech level, [P] in 0 … 1; not smoothed."""
-    level = np.mean([band_level(power, *edges) for edges in pairwise(SPEECH_OCTAVES)], axis=0)
-    loudest = np.percentile(band_level(power, SPEECH_OCTAVES[0], SPEECH_OCTAVES[-1]), 95)
+    return levels_energy(speech_levels(power))
+
+
+def speech_levels(power: np.ndarray) -> np.ndarray:
+    """What `band_energy` takes of power spectra [P, bins], in dB: mean level of the octaves, and that of the band, [P, 2]."""
+    octaves = np.mean([band_level(power, *edges) for edges in pairwise(SPEECH_OCTAVES)], axis=0)
+    return np.stack([octaves, band_level(power, SPEECH_OCTAVES[0], SPEECH_OCTAVES[-1])], axis=1)
+
+
+def levels_energy(levels: np.ndarray) -> np.ndarray:
+    """`band_energy` of the points whose `speech_levels` [P, 2] these are: any stretch of a longer sound."""
+    level, loudest = levels[:, 0], np.percentile(levels[:, 1], 95)
     too_quiet = max(QUIETEST_SPEECH - loudest, 0)
     return np.clip((level - np.percentile(level, 95) - too_quiet + FLOOR) / RANGE, 0, 1)
 

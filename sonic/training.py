@@ -30,10 +30,10 @@ from torch import Tensor
 
 from sonic.audio import short_windows
 from sonic.checkpoints import BaseModels, training_checkpoints
+from sonic.clips import Clip
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
-from sonic.prepare import Clip
 from sonic.run_log import PROVENANCE, RunState
 from sonic.trainable import Trained
 from sonic.weights import remove_folder
@@ -222,7 +222,7 @@ def audio_windows(clips: Sequence[Clip], count: int, seed: int) -> Tensor:
     rng, each, found = np.random.default_rng([seed, 0]), math.ceil(count / len(clips)), []
     for clip in clips:
         features = load_file(clip.features)["features"]
-        ticks = clip.start + rng.integers(clip.num_ticks, size=each)
+        ticks = clip.start - clip.offset + rng.integers(clip.num_ticks, size=each)
         found.append(short_windows(features, torch.from_numpy(ticks)))
     return torch.cat(found)[:count]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sonic import media
+from sonic.clips import Clip
 from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig, UserError
 from sonic.denoiser import Denoiser, TrainingBatch
 from sonic.pipeline import Animator, Speech, to_pictures
-from sonic.prepare import Clip
 from sonic.training import Encoders, draw, face_share
 
 WINDOWS = 8  # fixed windows, spread over the clips
@@ -111,6 +111,7 @@ class Validation:
             return
         truth = to_pictures(samples.frames(0))
         first, last = int(sample["ticks"][0]), int(sample["ticks"][-1]) + self.settings.frame_step
+        first, last = first - clip.offset, last - clip.offset  # where these pictures are heard
         speech = media.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
         beside = np.concatenate([truth, made], axis=2)
         media.save_video(beside, path, fps, speech)

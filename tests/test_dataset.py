@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_prepare import Loudness, clip
 
 from sonic.audio import long_windows, short_windows
+from sonic.clips import Clip, hold_out
 from sonic.dataset import SonicDataset, clip_square, cut, inside, lip_mask, window_square
 from sonic.faces import square_crop, union_box
 from sonic.media import VideoReader, save_video
 from sonic.motion import motion_buckets
-from sonic.prepare import Clip, hold_out, prepare
+from sonic.prepare import prepare
 
 DATA = Path(__file__).parent / "data"
 SIZES = {"num_frames": 6, "frame_step": 2, "resolution": 64, "clip_size": 32}

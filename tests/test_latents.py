@@ -246,13 +246,13 @@ def test_shares_are_disjoint_and_complete(clips, fresh, tiny, tmp_path, monkeypa
 
 
 def test_preparation_is_shared_too(tiny, videos, tmp_path, monkeypatch):
-    looked, look = [], sonic.prepare._look_at
+    looked, look = [], sonic.prepare.measure
 
     def noted(path):
         looked.append((threading.current_thread().index, path.name))
         return look(path)
 
-    monkeypatch.setattr(sonic.prepare, "_look_at", noted)
+    monkeypatch.setattr(sonic.prepare, "measure", noted)
     folder = shutil.copytree(videos, tmp_path / "videos")
     (folder / "bad.mp4").write_text("no video")
 
@@ -270,7 +270,8 @@ def test_preparation_is_shared_too(tiny, videos, tmp_path, monkeypatch):
 
     for path in (tmp_path / "cache/tracks").glob("b-*"):  # one process's disk is not the other's
         path.unlink()
-    outcome = [("a.mp4", "a", None), ("b.mp4", "b", None), ("bad.mp4", "", "bad"), ("c.mp4", "c", None)]
+    keys = {"a.mp4": "a", "b.mp4": "b", "c.mp4": "c"}
+    outcome = [(name, key, [piece for piece in one.pieces if piece.video == name]) for name, key in keys.items()]
     elsewhere = Share(0, 2, lambda items: outcome if isinstance(items[0], tuple) else items)
     with pytest.raises(UserError, match="give one that all machines see"):
         work(elsewhere)

@@ -11,10 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import sonic.measuring
 import sonic.prepare
+import sonic.track_cache
+from sonic.clips import Clip, hold_out
 from sonic.config import UserError
 from sonic.media import VideoReader, load_audio, save_video
-from sonic.prepare import Clip, PreparedData, find_videos, hold_out, prepare
+from sonic.prepare import PreparedData, find_videos, prepare
 
 DATA = Path(__file__).parent / "data"
 SIZES = {"num_frames": 10, "frame_step": 2, "progress": False}
@@ -97,6 +100,7 @@ def test_every_file_is_used_or_named_with_its_reason(pieces, tmp_path, num_worke
 
     listing = json.loads((cache / "prepared.json").read_text())
     assert len(listing["videos"]) == 10
+    assert len(listing["pieces"]) == 10 and listing["screening"]["min_seconds"] == 3
     assert {row["video"] for row in listing["videos"] if not row["used"]} == set(REASONS)
     assert all(row.get("reason") or row["clips"][0]["num_ticks"] == 25 for row in listing["videos"])
     assert not list(cache.rglob("*.partial"))
@@ -170,6 +174,8 @@ def damage_of_tracks(entry: Path):
     yield "a reason that is no text", lambda: rewrite({"reason": 7})
     yield "a missing tensor", lambda: rewrite(without=["0.landmarks"])
     yield "another shape", lambda: rewrite(**{"0.boxes": torch.zeros(25, 3)})
+    yield "a missing curve", lambda: rewrite(without=["shot"])
+    yield "a short curve", lambda: rewrite(level=torch.zeros(9, dtype=torch.float16))
     yield "another type", lambda: rewrite(**{"0.boxes": torch.zeros(25, 4, dtype=torch.float64)})
 
 
@@ -193,8 +199,8 @@ def test_a_damaged_or_foreign_entry_is_made_again(pieces, tmp_path, monkeypatch,
     root.mkdir()
     shutil.copy(pieces / "good.mp4", root / "good.mp4")
     fresh = prepare(root, cache, Loudness(), **SIZES).clips[0]
-    looked_at = sonic.prepare._look_at(root / "good.mp4")
-    monkeypatch.setattr(sonic.prepare, "_look_at", lambda path: looked_at)  # following the face takes its time
+    measured = sonic.measuring.measure(root / "good.mp4")
+    monkeypatch.setattr(sonic.prepare, "measure", lambda path: measured)  # following the face takes its time
     (entry,) = (path for path in (cache / part).rglob("*.safetensors"))
     whole = entry.read_bytes()
     for name, damage in (damage_of_tracks if part == "tracks" else damage_of_features)(entry):
@@ -215,7 +221,7 @@ def deadly(path: Path, entry: Path) -> None:
     """Takes the place of a worker's task: one file kills its process, as a crash in a decoder would."""
     if path.name == "bad.mp4":
         os._exit(9)
-    sonic.prepare._save_video(sonic.prepare._Video(reason="looked at"), entry)
+    sonic.track_cache.save_measured(sonic.measuring.Measured(reason="looked at"), entry)
 
 
 def test_a_dying_worker_harms_no_other_file(tmp_path, monkeypatch):

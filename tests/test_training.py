@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, default_collate
 
 import sonic_training
 from sonic.checkpoints import PARTS, load_base, load_whisper, open_checkpoint
+from sonic.clips import hold_out
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Losses
 from sonic.media import VideoReader
-from sonic.prepare import hold_out, prepare
+from sonic.prepare import prepare
 from sonic.run_log import Log, RunState
 from sonic.training import (
     BUCKET_LOSS_WEIGHT,

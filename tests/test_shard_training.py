@@ -1,0 +1,108 @@
+"""Training on shards: the command exports them, a run streams them, goes on from a checkpoint, and validates on a folder."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+import sonic.prepare
+import sonic_training
+from sonic.config import TrainingConfig, UserError
+from sonic.shard_stream import shard_list
+
+pytest.importorskip("webdataset", reason="pip install webdataset")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its state for the process's life; here every run is to be the first."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def shards(tiny, clips, cache, tmp_path_factory) -> str:
+    """The puppet clips as shards with the tiny model's features."""
+    folder = tmp_path_factory.mktemp("shards")
+    command = {"data_root": clips, "cache_dir": cache, "num_frames": 4, "frame_step": 1, "num_workers": 0}
+    command |= {"whisper_path": tiny / "whisper", "export_shards": folder, "shard_size": 2}
+    sonic.prepare.main([text for name, value in command.items() for text in (f"--{name}", str(value))])
+    return str(folder / "shard-{000000..000001}.tar")
+
+
+def flags(tiny, shards, output, **more) -> list[str]:
+    given = {
+        "model_path": tiny,
+        "data_shards": shards,
+        "cache_dir": output / "cache",
+        "output_dir": output,
+        "learning_rate": 1e-3,
+        "max_train_steps": 3,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "validation_steps": 0,
+        "num_workers": 0,
+        "shard_buffer": 2,
+    } | more
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def losses(output) -> dict[int, float]:
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_run_on_shards_trains_and_goes_on(tiny, shards, tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    sonic_training.main(flags(tiny, shards, one))
+    assert "clips out of 2 shards, 0 held-out clips" in capsys.readouterr().out
+    assert (one / "checkpoint-3" / "unet.safetensors").exists() and (one / "config.json").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    sonic_training.main(flags(tiny, shards, two))
+    assert losses(one) == losses(two) and all(torch.tensor(list(losses(one).values())).isfinite())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    sonic_training.main(flags(tiny, shards, one, max_train_steps=4, resume_from_checkpoint="latest"))
+    assert list(losses(one)) == [1, 2, 3, 4]
+
+
+def test_a_folder_beside_shards_is_for_validation(tiny, shards, clips, cache, tmp_path, capsys):
+    more = {"data_root": clips, "cache_dir": cache, "validation_steps": 2, "max_train_steps": 2}
+    sonic_training.main(flags(tiny, shards, tmp_path, **more))
+    said = capsys.readouterr().out
+    assert "clips out of 2 shards, 3 held-out clips" in said and "validation_loss" in said
+
+
+def test_a_dry_run_counts_the_shards(tiny, shards, tmp_path, capsys):
+    sonic_training.main([*flags(tiny, shards, tmp_path / "out"), "--dry_run"])
+    assert f"data: {len(shard_list(shards))} shards" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_train_steps": None}, "give --max_train_steps"),
+        ({"cache_latents": True}, "leave them away with --data_shards"),
+        ({"init_audio2token": True}, "leave them away with --data_shards"),
+        ({"shard_buffer": 0}, "shard_buffer"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_one_sentence(change, words):
+    with pytest.raises(UserError, match=words):
+        TrainingConfig(**{"data_shards": "x.tar", "max_train_steps": 3} | change)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--export_shards", "x"], "give --whisper_path"),
+        (["--whisper_path", "x", "--audio_extractor", "y.py:Z"], "give one of them"),
+    ],
+)
+def test_what_an_export_needs_is_one_sentence(clips, tmp_path, more, words):
+    with pytest.raises(UserError, match=words):
+        sonic.prepare.main(["--data_root", str(clips), "--cache_dir", str(tmp_path), *more])
