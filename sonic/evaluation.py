@@ -326,13 +326,16 @@ def output_files(video: Path | str, folder: Path | str, inputs: Sequence[Path | 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = flags.Parser("Measure a talking portrait: lip sync, motion, identity, seams, picture quality.")
-    parser.add_argument("video", type=Path, help="any video with sound and one face")
-    parser.add_argument("--portrait", type=Path, help="the picture that it was made from: identity, closed mouth")
-    parser.add_argument("--truth", type=Path, help="what it should look like: a video, or a puppet's NAME.truth.npz")
-    parser.add_argument(
+    files = parser.group("input and output")
+    files.add_argument("video", type=Path, help="any video with sound and one face")
+    files.add_argument("--portrait", type=Path, help="the picture that it was made from: identity, closed mouth")
+    files.add_argument("--truth", type=Path, help="what it should look like: a video, or a puppet's NAME.truth.npz")
+    files.add_argument(
         "--output", type=Path, help="folder for the results (default: VIDEO.evaluation beside the video)"
     )
-    parser.add_argument("--window", type=int, help="frames of the model's window: measures its seams")
+    parser.group("what was made").add_argument(
+        "--window", type=int, help="frames of the model's window: measures its seams"
+    )
     args = parser.parse_args(arguments)
     if args.window is not None and args.window < 2:
         raise UserError(f"--window must be at least 2 frames, not {args.window}.")

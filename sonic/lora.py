@@ -146,12 +146,13 @@ def load_merged(folder: Path, start: Checkpoint) -> Denoiser:
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command: a lora/ folder becomes a checkpoint of ours, with the released form beside it."""
     parser = flags.Parser(__doc__)
-    parser.add_argument("--lora", type=Path, required=True, help="the lora/ folder of a checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write, which must not exist yet")
-    parser.add_argument(
+    files, model = parser.group("input and output"), parser.group("model")
+    files.add_argument("--lora", type=Path, required=True, help="the lora/ folder of a checkpoint")
+    files.add_argument("--output", type=Path, required=True, help="the folder to write, which must not exist yet")
+    model.add_argument(
         "--model_path", help="the model that the run began from, if it does not lie any more where the run found it"
     )
-    parser.add_argument("--audio_extractor", help="FILE.py:NAME of your own audio features, if it was trained on them")
+    model.add_argument("--audio_extractor", help="FILE.py:NAME of your own audio features, if it was trained on them")
     args = parser.parse_args(arguments)
     if args.output.exists():
         raise UserError(f"'{args.output}' exists already: give a new folder with --output")

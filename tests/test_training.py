@@ -481,7 +481,7 @@ def run_script(*arguments):
         ({"lr_scheduler": "fast"}, "--lr_scheduler: must be one of"),
         ({"audio_drop_prob": "0.9", "both_drop_prob": "0.9"}, "must add up to 1 at most"),
         ({"resume_from_checkpoint": "/nowhere"}, "/nowhere"),
-        ({"speed": "9"}, "unrecognized arguments: --speed"),
+        ({"speed": "9"}, "there is no flag --speed"),
         ({"output_dir": "FILE/inside"}, "cannot write to output folder"),
         ({"learning_rate": "inf"}, "--learning_rate: must be a number"),
         ({"learning_rate": "1e30"}, "the last 3 steps had losses or gradients that are no number"),
