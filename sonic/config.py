@@ -25,6 +25,8 @@ MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # motion buckets
 # ln sigma ~ Normal(P_MEAN, P_STD) in training: SVD's values for high-resolution fine-tuning (SPEC.md section 6)
 P_MEAN, P_STD = 0.7, 1.6
 
+KEY_MEMORY = 1.0  # GB; a minute of the real model's in fp16 takes a multiple of it, a sentence does not
+
 DEVICE = one_of("auto", "cpu", "cuda", "mps")
 DTYPE = one_of("auto", "fp32", "fp16", "bf16")
 WHOLE, POSITIVE = number(int, low=0), number(int, low=1)

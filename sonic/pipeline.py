@@ -29,8 +29,9 @@ from sonic.audio import (
     short_windows,
 )
 from sonic.checkpoints import BaseModels, load_base, load_whisper, open_checkpoint, whisper_folder
-from sonic.config import MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
+from sonic.config import KEY_MEMORY, MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
+from sonic.guided import Branches, Speech
 from sonic.portrait import PortraitPixels, prepare_portrait
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -134,19 +135,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-@dataclass
-class Speech:
-    """The spoken side of a condition: audio tokens [N, K, D], those of silence [K, D], motion buckets [N, 2], frames per second."""
-
-    tokens: Tensor
-    silence: Tensor
-    buckets: Tensor
-    fps: float
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
 def to_pictures(pixels: Tensor) -> np.ndarray:
     """Pixels [n, 3, H, W] in about -1..1 -> uint8 [n, H, W, 3]."""
     pictures = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -162,9 +150,12 @@ class Animator:
         base: BaseModels,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        key_memory: float = KEY_MEMORY,
     ):
-        """Everything must already be on `device`. `autocast` is for the denoiser alone: the VAE overflows in fp16."""
+        """Everything must already be on `device`. `autocast` is for the denoiser alone: the VAE overflows in fp16. Keys and
+        values of a video are kept if they take at most `key_memory` GB."""
         self.denoiser, self.device, self.autocast = denoiser, device, autocast
+        self.key_memory = key_memory
         self.base = base
 
     def encode_portrait(self, portrait: PortraitPixels) -> Portrait:
@@ -177,19 +168,12 @@ class Animator:
 
     def branches(self, still: Portrait, speech: Speech) -> sampling.Branches:
         """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
-        keep_image = torch.tensor([0.0, 1.0, 1.0], device=self.device)
-        stills = Portrait(still.latent.expand(3, -1, -1, -1), still.clip.expand(3, -1), still.mask).kept(keep_image)
+        with self.autocast():
+            branches = Branches(self.denoiser, still, speech, self.key_memory)
 
         def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
-            count = len(wanted)
-            seen = Portrait(stills.latent[wanted], stills.clip[wanted], stills.mask)
-            quiet = speech.silence.expand(len(indices), -1, -1)
-            heard = torch.stack([quiet, quiet, speech.tokens[indices]])[wanted]
-            bucket = speech.buckets[indices].mean(0).expand(count, -1)  # one pair per window: the mean of its frames'
-            rate = torch.full((count,), speech.fps, device=self.device)
-            clips = x.expand(count, -1, -1, -1, -1)
             with self.autocast():
-                return self.denoiser.velocity(clips, sigma.expand(count), seen, heard, bucket, rate).float()
+                return branches(x, sigma, indices, wanted)
 
         return velocities
 
