@@ -49,16 +49,36 @@ def branch_shares(image_scale: float, audio_scale: float) -> dict[int, float]:
     return {branch: share for branch, share in shares.items() if share}
 
 
-def inside(sigma: float, interval: tuple[float, float] | None) -> bool:
-    """Whether guidance is on at this noise level (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval")."""
-    return interval is None or interval[0] <= sigma <= interval[1]
-
-
-# ---------------------------------------------------------------------------------------------- solvers
-# A solver is a generator of one step after another: it is sent x0 wherever it asks for it. It yields (x, sigma, done), asks for
-# the estimate of x0 there if not done, and has made a step if done. Tensors are whole videos [N, C, H, W].
-
-
-def euler_step(x: Tensor, x0: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """One Euler step of dx/dsigma = (x - x0)/sigma."""
-    return x + (x - x0) / sigma * (next_sigma - sigma)
+    slope = (x - denoised(x, sigma, velocity)) / sigma
+    return x + slope * (next_sigma - sigma)
+
+
+def sample(
+    branches: Branches,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    window: int,
+    overlap: int = 0,
+    shift_offset: int = 0,
+    image_scale: float | tuple[float, float] = 2.0,
+    audio_scale: float | tuple[float, float] = 7.5,
+) -> Iterator[Tensor]:
+    """Denoises x [N, C, H, W] (start latents plus sigmas[0] · noise) and yields it after every step; the last one is the result.
+
+    The windows' seams move by `shift_offset` frames per step; where windows overlap, their stepped latents are averaged.
+    """
+    frames, steps = len(x), len(sigmas) - 1
+    for step in range(steps):
+        sigma, next_sigma = sigmas[step], sigmas[step + 1]
+        total, count = torch.zeros_like(x), torch.zeros(frames, 1, 1, 1, dtype=x.dtype, device=x.device)
+        shares = branch_shares(ramp(image_scale, step, steps), ramp(audio_scale, step, steps))
+        for indices in windows(frames, window, overlap, step * shift_offset):
+            velocities = branches(x[indices], sigma, indices, list(shares))
+            v = sum(share * velocity for share, velocity in zip(shares.values(), velocities, strict=True))
+            total[indices] += euler_step(x[indices], v.to(x.dtype), sigma, next_sigma)
+            count[indices] += 1
+        x = total / count
+        yield x
