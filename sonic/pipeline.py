@@ -33,6 +33,7 @@ from sonic.config import KEY_MEMORY, MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE
 from sonic.denoiser import Denoiser, Portrait
 from sonic.guided import Branches, Speech
 from sonic.portrait import PortraitPixels, prepare_portrait
+from sonic.unet import SonicUNet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a pipeline is made of; everything else in SonicConfig may change from one call to the next.
@@ -41,6 +42,14 @@ TOKEN_BATCH = 256  # frames whose audio goes through the adapters at once
 
 ImageLike = str | Path | Image.Image | np.ndarray
 Progress = Callable[[int, int], None]  # UNet calls done, of how many
+
+
+def compile_unet(unet: SonicUNet, device: torch.device) -> None:
+    """torch.compile in place. On a GPU calls are replayed as CUDA graphs; on a CPU weights are packed for its matrix kernels."""
+    if device.type == "cuda":
+        unet.compile(mode="reduce-overhead", dynamic=False)
+    else:
+        unet.compile(dynamic=False, options={"freezing": True})
 
 
 @dataclass
