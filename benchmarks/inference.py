@@ -31,6 +31,7 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNet
 from torch.utils.flop_counter import FlopCounterMode
 from training import matrix_rate, sizes, timed
 
+from sonic.blocks import lay_out
 from sonic.checkpoints import Architecture, BaseModels
 from sonic.config import KEY_MEMORY, TICK_RATE, Preset, Settings
 from sonic.denoiser import Denoiser, Portrait
@@ -90,12 +91,14 @@ def make_cases(flags, preset: Preset, frames: int, side: int, device: torch.devi
     cases = [Case("stock", lambda: stock(sample, torch.zeros(3, device=device), token, ids, return_dict=False))]
 
     denoiser = denoiser_of(preset).eval().requires_grad_(False).to(device, dtype)
+    lay_out(denoiser.unet)
     for name, key_memory in (("ours", KEY_MEMORY), ("again", 0.0)):
         branches = Branches(denoiser, still, speech, key_memory)
         cases.append(Case(name, lambda branches=branches: branches(x, sigma, indices, WANTED)))
     if flags.compile:
         compiled = denoiser_of(preset).eval().requires_grad_(False).to(device, dtype)
         compiled.load_state_dict(denoiser.state_dict())
+        lay_out(compiled.unet)
         compile_unet(compiled.unet, device)
         quick = Branches(compiled, still, speech, KEY_MEMORY)
         cases.append(Case("compiled", lambda: quick(x, sigma, indices, WANTED)))
@@ -112,14 +115,18 @@ def calls(flags, preset: Preset, frames: int, side: int, device: torch.device, d
         begin = time.perf_counter()
         for _ in range(flags.warmup):
             case.call()
-        print(f"{case.name}: {flags.warmup} calls before the timing took {time.perf_counter() - begin:.1f} s", flush=True)
+        print(
+            f"{case.name}: {flags.warmup} calls before the timing took {time.perf_counter() - begin:.1f} s", flush=True
+        )
     for _ in range(flags.rounds):
         for case in cases:
             case.turn(device)
         rates.append(matrix_rate(device, dtype))
     rate, stock = max(rates), cases[0]
     print(f"{operations / 1e12:.3f} T operations a call of ours, {rate / 1e12:.2f} T/s in matrices")
-    print("| case | seconds a call: median (all) | CPU seconds | against stock: clock | CPU seconds | of the matrix rate |")
+    print(
+        "| case | seconds a call: median (all) | CPU seconds | against stock: clock | CPU seconds | of the matrix rate |"
+    )
     print("|---|---|---|---|---|---|")
     for case in cases:
         ratios = ["–", "–"]
@@ -138,6 +145,7 @@ def calls(flags, preset: Preset, frames: int, side: int, device: torch.device, d
 def video(flags, preset: Preset, frames: int, side: int, device: torch.device, dtype: torch.dtype) -> None:
     """One window through all steps and the VAE."""
     denoiser = denoiser_of(preset).eval().requires_grad_(False).to(device, dtype)
+    lay_out(denoiser.unet)
     vae = AutoencoderKLTemporalDecoder(**preset.vae).eval().requires_grad_(False)
     vae = vae.to(device, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     if flags.compile:
@@ -153,7 +161,9 @@ def video(flags, preset: Preset, frames: int, side: int, device: torch.device, d
     length = frames * settings.frame_step / TICK_RATE
     peak = f"{used_memory(device):.1f} GB at most" if device.type == "cuda" else "memory is measured on a GPU only"
     how = "compiled" if flags.compile else "eager"
-    print(f"a video of {length:.2f} s, {flags.steps} steps, {how}: {seconds / length:.2f} s per second of video, {peak}")
+    print(
+        f"a video of {length:.2f} s, {flags.steps} steps, {how}: {seconds / length:.2f} s per second of video, {peak}"
+    )
 
 
 def main() -> None:

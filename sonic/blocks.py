@@ -109,7 +109,9 @@ class TemporalBlock(TemporalBasicTransformerBlock):
             rearrange(to(x), pixels, f=frames, heads=attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v)
         )
         # One clip at a time, because the kernels take four axes, and two cannot be seen as one without a copy.
-        clips = [F.scaled_dot_product_attention(*clip, scale=attn.scale) for clip in zip(query, key, value, strict=True)]
+        clips = [
+            F.scaled_dot_product_attention(*clip, scale=attn.scale) for clip in zip(query, key, value, strict=True)
+        ]
         seen = torch.stack([rearrange(clip, "p heads f c -> f p (heads c)") for clip in clips])
         return attn.to_out[0](seen.flatten(0, 1))
 

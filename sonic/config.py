@@ -51,6 +51,21 @@ def _or_ramp(check: Callable) -> Callable:
 
 
 _GUIDANCE = _or_ramp(SCALE)
+SOLVERS = ("euler", "dpmpp_2m")
+_SOLVER = one_of(*SOLVERS)
+
+
+def _interval(value):
+    """Two noise levels, LOW,HIGH, or a pair."""
+    ends = value.split(",") if isinstance(value, str) else value
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise ValueError(f"must be two noise levels, LOW,HIGH, not {value!r}")
+    low, high = (SCALE(end) for end in ends)
+    if low > high:
+        raise ValueError(f"must begin with the lower noise level, not {value!r}")
+    return low, high
+
+
 NO_CROP = "none"
 
 
@@ -73,6 +88,8 @@ class Settings(Checked):
     num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
     guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _GUIDANCE)
     guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
+    solver: str = flag("euler", "euler, or dpmpp_2m for few steps", _SOLVER)
+    guidance_interval: tuple[float, float] | None = flag(None, "noise levels with guidance; None: all", _interval)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
     crop: float | None = flag(None, "margin of the square cut around the face; None takes the whole picture", SCALE)
 
@@ -228,6 +245,13 @@ class SonicConfig(Checked):
     )
     device: str = flag("auto", "auto, cpu, cuda or mps", DEVICE)
     dtype: str = flag("auto", "auto (fp16 on cuda, else fp32), fp32, fp16 or bf16", DTYPE)
+    compile: bool = flag(False, "torch.compile the UNet: minutes at the first clip, faster steps in all")
+    key_memory: float = flag(
+        KEY_MEMORY,
+        "GB that keys and values of image and audio may take, made once per video; a video that needs more makes them at "
+        "every step, with the same result",
+        SCALE,
+    )
     motion: str = flag(
         "moderate", "mild, moderate or intense: motion buckets times 1.0, 1.5 or 2.0", one_of(*MOTION_SCALES)
     )
@@ -249,6 +273,14 @@ class SonicConfig(Checked):
     )
     overlap: int | None = flag(None, "frames that neighbouring windows share", WHOLE)
     num_inference_steps: int | None = flag(None, "denoising steps", POSITIVE)
+    solver: str | None = flag(
+        None, "euler, or dpmpp_2m (DPM-Solver++), which needs fewer steps for the same picture", _SOLVER
+    )
+    guidance_interval: tuple[float, float] | None = flag(
+        None,
+        "LOW,HIGH: guidance at these noise levels only, a third of the work at the others; approximate (default: at all)",
+        _interval,
+    )
     resolution: int | None = flag(
         None, "short side of the video in pixels, rounded to a multiple of 64", number(int, low=64)
     )

@@ -28,6 +28,7 @@ from sonic.audio import (
     long_windows,
     short_windows,
 )
+from sonic.blocks import lay_out
 from sonic.checkpoints import BaseModels, load_base, load_whisper, open_checkpoint, whisper_folder
 from sonic.config import KEY_MEMORY, MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
@@ -37,7 +38,7 @@ from sonic.unet import SonicUNet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a pipeline is made of; everything else in SonicConfig may change from one call to the next.
-FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device", "dtype")
+FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device", "dtype", "compile", "key_memory")
 TOKEN_BATCH = 256  # frames whose audio goes through the adapters at once
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -244,6 +245,8 @@ class Animator:
                 shift_offset=settings.shift_offset,
                 image_scale=settings.guidance_scale_image,
                 audio_scale=settings.guidance_scale_audio,
+                solver=settings.solver,
+                guidance_interval=settings.guidance_interval,
             )
         return latents
 
@@ -264,9 +267,12 @@ class SonicPipeline:
         self.settings = checkpoint.settings
         self.extractor = audio_extractor or load_whisper(checkpoint.whisper_path)
         denoiser = checkpoint.load(dtype).eval().requires_grad_(False).to(self.device)
+        lay_out(denoiser.unet)
+        if self.config.compile:
+            compile_unet(denoiser.unet, self.device)
         # SVD's VAE overflows in fp16 (force_upcast in its configuration): bf16 or fp32 only.
         base = load_base(checkpoint.base_model, dtype, dtype if dtype == torch.bfloat16 else torch.float32)
-        self.animator = Animator(denoiser, base.to(self.device), self.device)
+        self.animator = Animator(denoiser, base.to(self.device), self.device, key_memory=self.config.key_memory)
 
     def extract_audio_features(self, audio: str | Path | np.ndarray) -> AudioFeatures:
         """Features of a sound file, or of speech [n] float32 at 16 kHz, as this model hears them."""

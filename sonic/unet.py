@@ -54,7 +54,9 @@ class Conditions:
     projections: Sequence[Projection] | None = None
     clips: int = 0
     frames: int = 0
-    gates: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)  # the mask at the sizes already asked for
+    gates: dict[tuple[int, int], Tensor] = field(
+        default_factory=dict, repr=False
+    )  # the mask at the sizes already asked for
 
     def __post_init__(self):
         if self.audio is not None:
@@ -122,10 +124,8 @@ class AudioCrossAttention(nn.Module):
         query, key, value = (heads_of(attn, part) for part in (attn.to_q(hidden_states), key, value))
         heard = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
         heard = rearrange(heard, "g heads l c -> g l (heads c)")
-        if context.gate is None:
-            both = plus(heard, seen)
-        else:
-            both = torch.addcmul(seen, heard, context.gate.to(heard.dtype))
+        gate = context.gate
+        both = plus(heard, seen) if gate is None else torch.addcmul(seen, heard, gate.to(heard.dtype))
         return attn.to_out[0](both).reshape(shape)
 
 
