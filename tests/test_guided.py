@@ -3,8 +3,10 @@
 import pytest
 import torch
 from conftest import TINY
+from test_compile import compiler
 
 from sonic import pipeline
+from sonic.blocks import lay_out
 from sonic.checkpoints import Architecture, load_base, open_checkpoint
 from sonic.config import PRESETS, SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
@@ -127,3 +129,17 @@ def test_a_pipeline_without_kept_keys_makes_the_same(tiny):
 def test_wrong_settings_are_named(wrong, said):
     with pytest.raises(UserError, match=said):
         SonicConfig(**wrong)
+
+
+@pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler (apt-get install g++)")
+def test_a_compiled_unet_animates_the_same():
+    """--compile, with moving windows and the branches that count."""
+    eager, compiled, (still, speech) = denoiser_of(), denoiser_of(), inputs()
+    lay_out(compiled.unet)
+    pipeline.compile_unet(compiled.unet, torch.device("cpu"))
+    x = torch.randn(WINDOW, 4, SIDE, SIDE)
+    with torch.inference_mode():
+        calls = [Branches(denoiser, still, speech, key_memory=1.0) for denoiser in (eager, compiled)]
+        for indices in ([0, 1, 2, 3], [3, 4, 5, 6]):
+            expected, found = (call(x, torch.tensor(1.5), indices, [0, 1, 2]) for call in calls)
+            assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
