@@ -32,11 +32,6 @@ def silu(fresh: Tensor) -> Tensor:
     return F.silu(fresh, inplace=not torch.is_grad_enabled())
 
 
-def temporal_share(mixer: AlphaBlender, like: Tensor) -> Tensor:
-    """What the temporal half counts for, [1]; the published `image_only_indicator` is 0 everywhere."""
-    return (1 - torch.sigmoid(mixer.mix_factor)).to(like.dtype)
-
-
 def feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
     """GEGLU and the projection behind it."""
     value, gate = ff.net[0].proj(x).chunk(2, dim=-1)
@@ -47,6 +42,14 @@ def feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
 def heads_of(attn: Attention, x: Tensor) -> Tensor:
     """[G, L, C] -> [G, heads, L, C / heads], a view."""
     return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+class Mixer(AlphaBlender):
+    """How much the temporal half counts; the spatial one counts for the rest. The published `image_only_indicator` is 0."""
+
+    def forward(self, like: Tensor) -> Tensor:
+        """The share, [1], in the precision of `like`."""
+        return (1 - torch.sigmoid(self.mix_factor)).to(like.dtype)
 
 
 class FrameConv(nn.Conv3d):
@@ -76,7 +79,7 @@ class ResBlock(SpatioTemporalResBlock):
         h = block.conv2(silu(block.norm2(h)))
         h = rearrange(h, "b c f (h w) -> (b f) c h w", h=x.shape[-2])
         # alpha · x + (1 - alpha) · (x + h)
-        return torch.addcmul(x, h.to(x.dtype), temporal_share(self.time_mixer, x))
+        return torch.addcmul(x, h.to(x.dtype), self.time_mixer(x))
 
 
 class SpatialBlock(BasicTransformerBlock):
@@ -122,6 +125,7 @@ def take_over(unet: nn.Module) -> None:
         SpatioTemporalResBlock: ResBlock,
         BasicTransformerBlock: SpatialBlock,
         TemporalBasicTransformerBlock: TemporalBlock,
+        AlphaBlender: Mixer,
         nn.Conv3d: FrameConv,
     }
     for name, module in unet.named_modules():

@@ -93,6 +93,10 @@ class Branches:
         size = VideoKeys.gigabytes(unet, len(speech), len(self.silence), self.silence.element_size())
         # Weights that FSDP2 has spread over processes can only be used inside the forward pass.
         if size <= key_memory and not isinstance(denoiser, FSDPModule):
+            if hook := getattr(
+                unet, "_hf_hook", None
+            ):  # accelerate's: fetches weights that wait elsewhere until a call
+                hook.pre_forward(unet)
             self.keys = VideoKeys(unet, self.images, speech.tokens.to(device, dtype), self.silence)
         self.gates = {}
         if still.mask is not None:

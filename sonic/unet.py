@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.blocks import TemporalBlock, heads_of, plus, take_over, temporal_share
+from sonic.blocks import TemporalBlock, heads_of, plus, take_over
 
 
 class Projection(NamedTuple):
@@ -147,7 +147,7 @@ class AudioTransformer(TransformerSpatioTemporalModel):
             x = self._run(block, x, spatial, conditions.fork)
             placed = (x.unflatten(0, (-1, frames)) + position).flatten(0, 1)
             mixed = self._run(temporal_block, placed, temporal, frames)
-            x = torch.lerp(x, mixed.to(x.dtype), temporal_share(self.time_mixer, x))
+            x = torch.lerp(x, mixed.to(x.dtype), self.time_mixer(x))
         x = rearrange(self.proj_out(x), "bf (h w) c -> bf c h w", h=height)
         return (plus(x, conditions.fork(hidden_states)),)
 
