@@ -88,7 +88,7 @@ class Settings(Checked):
     num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
     guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _GUIDANCE)
     guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
-    solver: str = flag("euler", "euler, or dpmpp_2m for few steps", _SOLVER)
+    solver: str = flag("euler", "euler or dpmpp_2m", _SOLVER)
     guidance_interval: tuple[float, float] | None = flag(None, "noise levels with guidance; None: all", _interval)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
     crop: float | None = flag(None, "margin of the square cut around the face; None takes the whole picture", SCALE)
@@ -273,9 +273,7 @@ class SonicConfig(Checked):
     )
     overlap: int | None = flag(None, "frames that neighbouring windows share", WHOLE)
     num_inference_steps: int | None = flag(None, "denoising steps", POSITIVE)
-    solver: str | None = flag(
-        None, "euler, or dpmpp_2m (DPM-Solver++), which needs fewer steps for the same picture", _SOLVER
-    )
+    solver: str | None = flag(None, "euler, or dpmpp_2m (DPM-Solver++(2M)); docs/inference.md compares them", _SOLVER)
     guidance_interval: tuple[float, float] | None = flag(
         None,
         "LOW,HIGH: guidance at these noise levels only, a third of the work at the others; approximate (default: at all)",
