@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from sonic import sampling
 from sonic.checkpoints import BaseModels
-from sonic.config import Settings, UserError
+from sonic.config import KEY_MEMORY, Settings, UserError
 from sonic.denoiser import Denoiser, Portrait, denoised
 from sonic.forecast import LONG
+from sonic.guided import Branches, Speech
 from sonic.portrait import PortraitPixels
 from sonic.processes import Processes
 from sonic.unfinished import Unfinished
@@ -102,32 +103,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-class LongTokens:
-    """Audio tokens of a long speech, made for the frames that are asked for: the whole of them would grow with its length."""
-
-    def __init__(self, ticks: Tensor, make: Callable[[Tensor], Tensor]):
-        self._ticks, self._make = ticks, make
-
-    def __len__(self) -> int:
-        return len(self._ticks)
-
-    def __getitem__(self, indices: list[int]) -> Tensor:
-        return self._make(self._ticks[indices])
-
-
-@dataclass
-class Speech:
-    """The spoken side of a condition: audio tokens [N, K, D], those of silence [K, D], motion buckets [N, 2], frames per second."""
-
-    tokens: Tensor | LongTokens
-    silence: Tensor
-    buckets: Tensor
-    fps: float
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
 def to_pictures(pixels: Tensor) -> np.ndarray:
     """Pixels [n, 3, H, W] in about -1..1 -> uint8 [n, H, W, 3]."""
     pictures = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -145,9 +120,12 @@ class Animator:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         processes: Processes = Processes(),  # noqa: B008 (it holds nothing that could change)
         previews: bool = True,
+        key_memory: float = KEY_MEMORY,
     ):
         """Everything must already be on `device`, or be fetched there by hooks. `autocast` is for the denoiser alone: the VAE
-        overflows in fp16. `previews` are drawn by the VAE, for which hooks may have to move the UNet away."""
+        overflows in fp16. `previews` are drawn by the VAE, for which hooks may have to move the UNet away.
+        Keys and values of a video are kept if they take at most `key_memory` GB."""
+        self.key_memory = key_memory
         self.denoiser, self.device, self.autocast = denoiser, device, autocast
         self.base, self.processes, self.previews = base, processes, previews
 
@@ -166,19 +144,12 @@ class Animator:
 
     def branches(self, still: Portrait, speech: Speech) -> sampling.Branches:
         """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
-        keep_image = torch.tensor([0.0, 1.0, 1.0], device=self.device)
-        stills = Portrait(still.latent.expand(3, -1, -1, -1), still.clip.expand(3, -1), still.mask).kept(keep_image)
+        with self.autocast():
+            branches = Branches(self.denoiser, still, speech, self.key_memory)
 
         def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
-            count = len(wanted)
-            seen = Portrait(stills.latent[wanted], stills.clip[wanted], stills.mask)
-            quiet = speech.silence.expand(len(indices), -1, -1)
-            heard = torch.stack([quiet, quiet, speech.tokens[indices]])[wanted]
-            bucket = speech.buckets[indices].mean(0).expand(count, -1)  # one pair per window: the mean of its frames'
-            rate = torch.full((count,), speech.fps, device=self.device)
-            clips = x.expand(count, -1, -1, -1, -1)
             with self.autocast():
-                return self.denoiser.velocity(clips, sigma.expand(count), seen, heard, bucket, rate).float()
+                return branches(x, sigma, indices, wanted)
 
         return velocities
 
@@ -214,12 +185,13 @@ class Animator:
         """
         sigmas = sampling.noise_levels(self.base.scheduler, settings.num_inference_steps).to(noise.device)
         factor = self.base.vae.config.scaling_factor
-        x, first = unfinished.load() if unfinished else None, 0
+        kept, first = (unfinished.load() if unfinished else None) or ((), 0)
+        x, memory = (*(latents.to(noise.device) for latents in kept), None, None)[:2]
         if x is None:
             x = noise.mul_(sigmas[0]).add_(still.latent.to(noise.device) * factor)
-        else:
-            x, first = x[0].to(noise.device), x[1]
         del noise
+        if memory is None and settings.solver != "euler":
+            memory = torch.zeros_like(x)
         velocities = self.branches(still, speech)
         windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))
         preview = None
@@ -254,12 +226,15 @@ class Animator:
                 shift_offset=settings.shift_offset,
                 image_scale=settings.guidance_scale_image,
                 audio_scale=settings.guidance_scale_audio,
+                solver=settings.solver,
+                guidance_interval=settings.guidance_interval,
                 first=first,
+                memory=memory,
                 spread=spread,
             )
             for step, x in enumerate(steps, start=first + 1):
                 if unfinished and self.processes.main:
-                    unfinished.keep(x, step)
+                    unfinished.keep([x] if memory is None else [x, memory], step)
         return x
 
     @property

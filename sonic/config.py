@@ -31,6 +31,8 @@ MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # motion buckets
 # ln sigma ~ Normal(P_MEAN, P_STD) in training: SVD's values for high-resolution fine-tuning (SPEC.md section 6)
 P_MEAN, P_STD = 0.7, 1.6
 
+KEY_MEMORY = 1.0  # GB; a minute of the real model's in fp16 takes a multiple of it, a sentence does not
+
 DEVICE = one_of("auto", "cpu", "cuda", "mps")
 DTYPE = one_of("auto", "fp32", "fp16", "bf16")
 WHOLE, POSITIVE = number(int, low=0), number(int, low=1)
@@ -56,6 +58,21 @@ def _or_ramp(check: Callable) -> Callable:
 
 
 _GUIDANCE = _or_ramp(SCALE)
+SOLVERS = ("euler", "dpmpp_2m")
+_SOLVER = one_of(*SOLVERS)
+
+
+def _interval(value):
+    """Two noise levels, LOW,HIGH, or a pair."""
+    ends = value.split(",") if isinstance(value, str) else value
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise ValueError(f"must be two noise levels, LOW,HIGH, not {value!r}")
+    low, high = (SCALE(end) for end in ends)
+    if low > high:
+        raise ValueError(f"must begin with the lower noise level, not {value!r}")
+    return low, high
+
+
 NO_CROP = "none"
 
 
@@ -81,6 +98,8 @@ class Settings(Checked):
     num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
     guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _GUIDANCE)
     guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
+    solver: str = flag("euler", "euler or dpmpp_2m", _SOLVER)
+    guidance_interval: tuple[float, float] | None = flag(None, "noise levels with guidance; None: all", _interval)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
     crop: float | None = flag(None, "margin of the square cut around the face; None takes the whole picture", SCALE)
 
@@ -245,6 +264,13 @@ class SonicConfig(Checked):
     )
     device: str = flag("auto", "auto, cpu, cuda or mps", DEVICE, group=SPEED)
     dtype: str = flag("auto", "auto (fp16 on cuda, else fp32), fp32, fp16 or bf16", DTYPE)
+    compile: bool = flag(False, "torch.compile the UNet: minutes at the first clip, faster steps in all")
+    key_memory: float = flag(
+        KEY_MEMORY,
+        "GB that keys and values of image and audio may take, made once per video; a video that needs more makes them at "
+        "every step, with the same result",
+        SCALE,
+    )
     motion: str = flag(
         "moderate",
         "mild, moderate or intense: motion buckets times 1.0, 1.5 or 2.0",
@@ -272,6 +298,12 @@ class SonicConfig(Checked):
     )
     overlap: int | None = flag(None, "frames that neighbouring windows share", WHOLE)
     num_inference_steps: int | None = flag(None, "denoising steps", POSITIVE)
+    solver: str | None = flag(None, "euler, or dpmpp_2m (DPM-Solver++(2M)); docs/inference.md compares them", _SOLVER)
+    guidance_interval: tuple[float, float] | None = flag(
+        None,
+        "LOW,HIGH: guidance at these noise levels only, a third of the work at the others; approximate (default: at all)",
+        _interval,
+    )
     resolution: int | None = flag(
         None,
         "short side of the video in pixels, rounded to a multiple of 64",

@@ -129,13 +129,18 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """x [B, F, C, H, W], sigma [B], tokens [B, F, K, D], buckets [B, 2], fps [B] -> v like x."""
         frames, dtype = x.shape[1], self.dtype
-        scale = scalings(sigma)
-        reference = portrait.latent[:, None].expand(-1, frames, -1, -1, -1)
-        sample = torch.cat([x * per_clip(scale.into, x), reference], dim=2)
         image = portrait.clip[:, None, None].expand(-1, frames, -1, -1)  # the CLIP embedding is the one image token
         conditions = Conditions(image.to(dtype), tokens.to(dtype), portrait.mask)
         time_ids = torch.cat([fps[:, None], buckets], dim=1)  # fps as it is, where SVD's own pipeline passes fps - 1
-        return self.unet(sample.to(dtype), scale.noise, conditions, time_ids, return_dict=False)[0]
+        return self.predict(x, sigma, portrait.latent, conditions, time_ids)
+
+    def predict(self, x: Tensor, sigma: Tensor, reference: Tensor, conditions: Conditions, time_ids: Tensor) -> Tensor:
+        """x [B, F, C, H, W], reference [B, C, H, W] -> v for every clip of the conditions (`Conditions.fork`); sigma [B] and
+        time_ids [B, 3], or one for all clips."""
+        scale = scalings(sigma)
+        reference = reference[:, None].expand(-1, x.shape[1], -1, -1, -1)
+        sample = torch.cat([x * per_clip(scale.into, x), reference], dim=2)
+        return self.unet(sample.to(self.dtype), scale.noise, conditions, time_ids, return_dict=False)[0]
 
     def forward(self, batch: TrainingBatch) -> Losses:
         """The training loss. It is `forward`, so that wrappers for many GPUs see every parameter used."""

@@ -67,16 +67,17 @@ class Forecaster:
         self.window_bytes, self.decode_bytes = cache(self._window_bytes), cache(self._decode_bytes)
 
     def __call__(
-        self, size: tuple[int, int], settings: Settings, frames: int, fps: float, held: int, chosen: bool
+        self, size: tuple[int, int], settings: Settings, frames: int, fps: float, held: int, keys: int, chosen: bool
     ) -> Forecast:
-        """size: latent height and width; held: bytes of conditions, and of frames that are kept;
+        """size: latent height and width; held: bytes of conditions, and of frames that are kept; keys: of keys and values;
         chosen: whether the chunk size was given, and must not be lowered. Raises UserError if it cannot fit."""
         height, width = size
         windows = len(sampling.windows(frames, settings.num_frames, settings.overlap, 0))
         latents = 4 * self.architecture.unet["out_channels"] * height * width * frames
         on_gpu, on_device = self.device.type == "cuda", latents <= LONG
+        latents *= 1 if settings.solver == "euler" else 2  # the others remember a step
         free = room(self.device)
-        stays = self.weights + (latents if on_device or not on_gpu else 0) + (0 if on_gpu else held)
+        stays = self.weights + keys + (latents if on_device or not on_gpu else 0) + (0 if on_gpu else held)
         window, chunk = min(settings.num_frames, frames), min(settings.decode_chunk_size, frames)
         clips = max(
             len(sampling.branch_shares(*(sampling.ramp(scale, step, 2) for scale in scales)))
@@ -93,7 +94,7 @@ class Forecaster:
             chunk = (chunk + 1) // 2
         needed = stays + max(passing, decoding)
         if needed > free:
-            raise UserError(self._refusal(needed, free, frames / fps, stays, passing, decoding))
+            raise UserError(self._refusal(needed, free, frames / fps, stays, keys, passing, decoding))
         ram = held + (0 if on_device else latents) if on_gpu else needed
         if on_gpu and ram > psutil.virtual_memory().available:
             raise UserError(f"this video takes {ram / 1e9:.1f} GB of RAM, more than is free: use shorter speech")
@@ -137,13 +138,17 @@ class Forecaster:
                 vae.decode(latents, num_frames=chunk)
         return live.peak
 
-    def _refusal(self, needed: int, free: int, seconds: float, stays: int, passing: int, decoding: int) -> str:
+    def _refusal(
+        self, needed: int, free: int, seconds: float, stays: int, keys: int, passing: int, decoding: int
+    ) -> str:
         """One sentence: what it would take, what there is, and what to change."""
         where = "the GPU" if self.device.type == "cuda" else "RAM"
         says = (
             f"this video of {seconds:.1f} s takes about {needed / 1e9:.1f} GB beside the models, but {free / 1e9:.1f} GB of "
             f"{where} are free"
         )
+        if keys > needed - free:
+            return f"{says}: use --key_memory 0, which computes some things again at every step"
         if stays > max(passing, decoding):
             return f"{says}: use shorter speech, or a lower --resolution"
         ways = ["a lower --resolution"]

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from sonic import media
-from sonic.animator import Animator, LongTokens, OnProgress, Speech, Stage, Told
+from sonic.animator import Animator, OnProgress, Stage, Told
 from sonic.animator import Progress as Progress  # callers of `generate` take them from here
 from sonic.animator import to_pictures as to_pictures
 from sonic.audio import (
@@ -32,10 +32,12 @@ from sonic.audio import (
     long_windows,
     short_windows,
 )
+from sonic.blocks import compile_unet, lay_out
 from sonic.checkpoints import load_base, load_whisper, open_checkpoint, whisper_folder
 from sonic.config import MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Portrait
 from sonic.forecast import LONG, Forecast, Forecaster
+from sonic.guided import LongTokens, Speech, VideoKeys
 from sonic.interpolation import factor_for, interpolate, load_rife, rife_file
 from sonic.offload import bytes_to_come, place, quantized
 from sonic.portrait import prepare_portrait
@@ -46,7 +48,8 @@ from sonic.unfinished import Unfinished
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a pipeline is made of; everything else in SonicConfig may change from one call to the next.
-FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device", "dtype", "offload", "quantize")
+FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device", "dtype")
+FIXED += ("compile", "key_memory", "offload", "quantize")
 TOKEN_BATCH = 256  # frames whose audio goes through the adapters at once
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -201,12 +204,22 @@ class SonicPipeline:
         denoiser = checkpoint.load(dtype).eval().requires_grad_(False)
         # SVD's VAE overflows in fp16 (force_upcast in its configuration): bf16 or fp32 only.
         base = load_base(checkpoint.base_model, dtype, dtype if dtype == torch.bfloat16 else torch.float32)
+        lay_out(denoiser.unet)
         if self.config.quantize == "int8":
             quantized(denoiser.unet)
         offload = self.config.offload
         to_come = bytes_to_come(denoiser, base, offload)
         place(denoiser, base, self.device, offload)
-        self.animator = Animator(denoiser, base, self.device, processes=self.processes, previews=offload == "none")
+        if self.config.compile:
+            compile_unet(denoiser.unet, self.device)
+        self.animator = Animator(
+            denoiser,
+            base,
+            self.device,
+            processes=self.processes,
+            previews=offload == "none",
+            key_memory=self.config.key_memory,
+        )
         self.forecaster = Forecaster(checkpoint.architecture, base.vae, dtype, self.device, to_come)
         self._weights = [checkpoint.base_model, *checkpoint.tensors.values()]
 
@@ -351,6 +364,7 @@ class SonicPipeline:
             held=features.nbytes
             + audio_features.speech.nbytes
             + 3 * height * width * len(ticks) * factor * kept_frames,
+            keys=self._key_bytes(len(ticks)),
             chosen=config.decode_chunk_size is not None,
         )
         still = self.animator.encode_portrait(portrait)
@@ -363,6 +377,13 @@ class SonicPipeline:
         settings = dataclasses.replace(settings, decode_chunk_size=forecast.chunk)
         record = self._record(config, settings, reference_image, face_box)
         return Job(still, speech, settings, config, factor, forecast, record)
+
+    def _key_bytes(self, frames: int) -> int:
+        """What the keys and values of so many frames take, if they are kept."""
+        denoiser = self.animator.denoiser
+        element = denoiser.dtype.itemsize
+        size = VideoKeys.gigabytes(denoiser.unet, frames, denoiser.audio2token.tokens, element)
+        return round(1e9 * size) if size <= self.animator.key_memory else 0
 
     def _latents(self, job: Job, on_progress: OnProgress | None, unfinished: Unfinished | None = None) -> Tensor:
         noise = self.animator.start(job.still, len(job.speech), job.config.seed)

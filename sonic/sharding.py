@@ -66,6 +66,7 @@ def callable_parts(model: torch.nn.Module) -> None:
     """FSDP2 gathers weights when `forward` is called; validation also asks for velocities alone."""
     if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "velocity")
+        register_fsdp_forward_method(model, "predict")
 
 
 def gradient_norm(accelerator: Accelerator, model: torch.nn.Module, limit: float) -> float:

@@ -1,11 +1,16 @@
-"""--compile: a compiled UNet gives the same losses, and the same files."""
+"""--compile: a compiled UNet gives the same losses, the same files, and the same pictures."""
 
 import pytest
+import torch
+from test_guided import SIDE, WINDOW, denoiser_of, inputs
 from test_training import flags, fresh_accelerate, losses, weights  # noqa: F401
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 import sonic_training
+from sonic import pipeline
+from sonic.blocks import lay_out
+from sonic.guided import Branches
 
 
 def compiler() -> str | None:
@@ -25,3 +30,17 @@ def test_a_compiled_unet_learns_the_same(tiny, clips, cache, tmp_path):
     assert {name: value.shape for name, value in eager.items()} == {
         name: value.shape for name, value in compiled.items()
     }
+
+
+@pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler (apt-get install g++)")
+def test_a_compiled_unet_animates_the_same():
+    """--compile, with moving windows and the branches that count."""
+    eager, compiled, (still, speech) = denoiser_of(), denoiser_of(), inputs()
+    lay_out(compiled.unet)
+    pipeline.compile_unet(compiled.unet, torch.device("cpu"))
+    x = torch.randn(WINDOW, 4, SIDE, SIDE)
+    with torch.inference_mode():
+        calls = [Branches(denoiser, still, speech, key_memory=1.0) for denoiser in (eager, compiled)]
+        for indices in ([0, 1, 2, 3], [3, 4, 5, 6]):
+            expected, found = (call(x, torch.tensor(1.5), indices, [0, 1, 2]) for call in calls)
+            assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())

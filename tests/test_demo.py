@@ -98,6 +98,7 @@ FLAGS = {
     "fps": "50",
     "seed": 7,
     "guidance_ramp": (0.5, 6.0),
+    "guidance_interval": "0,1",
 }
 
 
@@ -112,6 +113,15 @@ def test_every_setting_has_an_effect(pipeline, speech, plain, name):
     flag = "guidance_scale_audio" if name == "guidance_ramp" else name
     other = pipeline.generate(PORTRAIT, pipeline.extract_audio_features(speech), **{flag: FLAGS[name]})
     assert other.frames.shape != plain.frames.shape or not np.array_equal(other.frames, plain.frames)
+
+
+def test_the_solver_has_an_effect_from_three_steps_on(pipeline, speech):
+    """The first and the last step are Euler's with any solver."""
+    features = pipeline.extract_audio_features(speech)
+    euler, other = (
+        pipeline.generate(PORTRAIT, features, num_inference_steps=3, solver=solver) for solver in ("euler", "dpmpp_2m")
+    )
+    assert not np.array_equal(euler.frames, other.frames)
 
 
 def test_one_call_does_not_change_the_next(pipeline, speech, plain):
