@@ -18,7 +18,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import cv2
 
 import sonic.faces
 import sonic.measuring
@@ -27,6 +26,7 @@ from sonic.flags import Parser, run
 from sonic.judging import judge
 from sonic.media import VideoReader
 from sonic.pieces import Screening
+from sonic.prepare import _be_a_worker
 from sonic.track_cache import save_measured
 
 # What is timed: the part's name, where the function lies, and its name. Inner parts are taken from outer ones.
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--seconds", type=float, default=60, help="how long it is made by looping (default: %(default)s)"
     )
     flags = parser.parse_args(arguments)
-    cv2.setNumThreads(1)
+    _be_a_worker()
     with tempfile.TemporaryDirectory() as folder:
         path = loop(Path(flags.video), Path(folder) / "long.mkv", flags.seconds)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
