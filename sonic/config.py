@@ -343,6 +343,13 @@ class SonicConfig(Checked):
         group=SAMPLING,
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.compile and (self.offload != "none" or self.quantize != "none"):
+            raise UserError(
+                "compile goes with whole weights on the device: leave --offload and --quantize away, or --compile"
+            )
+
 
 TRACKERS = ("none", "wandb", "tensorboard")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")

@@ -15,8 +15,8 @@ from sonic.processes import Processes
 def animate(model, speech, output, processes):
     """Latents, the first frames and the number of calls of the UNet, in OUTPUT.INDEX."""
     pipeline = SonicPipeline(SonicConfig(checkpoint=str(model), device="cpu"), processes=processes)
-    calls, velocity = [], pipeline.animator.denoiser.velocity
-    pipeline.animator.denoiser.velocity = lambda *arguments: calls.append(1) or velocity(*arguments)
+    calls, predict = [], pipeline.animator.denoiser.predict
+    pipeline.animator.denoiser.predict = lambda *arguments: calls.append(1) or predict(*arguments)
     portrait = Path(__file__).resolve().parent.parent / "examples/portrait.jpg"
     with torch.inference_mode():
         features = pipeline.extract_audio_features(speech)

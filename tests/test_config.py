@@ -103,3 +103,9 @@ def test_python_values_are_checked_too():
         TrainingConfig(data_root="videos", use_wandb="yes")
     with pytest.raises(UserError, match="data_root is missing"):
         TrainingConfig()
+
+
+@pytest.mark.parametrize("other", [{"offload": "model"}, {"quantize": "int8"}])
+def test_compiled_weights_stay_where_they_are(other):
+    with pytest.raises(UserError, match="compile goes with whole weights"):
+        SonicConfig(compile=True, **other)
