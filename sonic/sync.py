@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from scipy.signal import butter, sosfiltfilt
 
 from sonic.config import SAMPLE_RATE, TICK_RATE
 
@@ -25,6 +26,8 @@ SMOOTHING = np.hanning(27)[1:-1]  # 25 points, 125 ms: what lips can follow
 SILENT = 0.14  # energy, about 23 dB under the speech level, where a room's noise lies; under it nobody speaks
 SILENCE = 0.2  # seconds; what is shorter is a closed lip's plosive, not a pause
 SILENCE_MARGIN = 0.08  # seconds at both ends of a silence, in which a mouth may still be closing or open already
+
+SYLLABLES = butter(2, (1, 8), "bandpass", fs=TICK_RATE, output="sos")  # Hz
 
 MAX_OFFSET = 15  # frames
 MIN_FRAMES = 10  # fewer pairs, or fewer than half of the clip's, say nothing about a correlation
@@ -110,6 +113,16 @@ class Sync:
     best_r: float  # the correlation there
     confidence: float  # best_r less the median over all offsets; near 0 where no offset stands out
     r_by_offset: np.ndarray  # [31], at -15 … 15; NaN where less than half of the frames, or fewer than 10, meet
+
+
+def at_syllable_rate(curve: np.ndarray) -> np.ndarray:
+    """A curve [T] at 25 per second, its slow and its fast parts left out: what a turning head or a rising voice does over
+    seconds says nothing about sync, and outweighs it in recorded people (docs/data.md). NaN stays where it is."""
+    known = np.isfinite(curve)
+    if known.sum() < MIN_FRAMES:
+        return np.full(len(curve), np.nan)
+    whole = np.interp(np.arange(len(curve)), np.flatnonzero(known), np.asarray(curve, float)[known])
+    return np.where(known, sosfiltfilt(SYLLABLES, whole, padlen=min(15, len(whole) - 1)), np.nan)
 
 
 def compare_curves(mouth: np.ndarray, other: np.ndarray) -> Sync:

@@ -5,7 +5,7 @@ import pytest
 
 from sonic.config import SAMPLE_RATE
 from sonic.puppets import speech_to_mouth
-from sonic.sync import MAX_OFFSET, compare_curves, silent_frames, speech_energy
+from sonic.sync import MAX_OFFSET, at_syllable_rate, compare_curves, silent_frames, speech_energy
 
 pytestmark = pytest.mark.filterwarnings("error")  # no empty mean, no division by zero on the way to a NaN
 
@@ -122,3 +122,15 @@ def test_short_clips():
         assert np.isnan([found.r, found.offset, found.best_r, found.confidence]).all()
     with pytest.raises(ValueError, match="19 and 20"):
         compare_curves(curve[1:], curve)
+
+
+def test_a_turning_head_does_not_hide_the_syllables():
+    speech = syllables(500)
+    mouth = np.roll(speech, 3) + 20 * np.sin(np.arange(500) / 60)  # what a head does over seconds, and much more of it
+    assert compare_curves(mouth, speech).best_r < 0.3
+    found = compare_curves(at_syllable_rate(mouth), at_syllable_rate(speech))
+    assert found.offset == 3 and found.best_r > 0.95
+    gap = np.where(np.arange(500) // 20 == 7, np.nan, mouth)
+    assert np.array_equal(np.isnan(at_syllable_rate(gap)), np.isnan(gap))
+    assert compare_curves(at_syllable_rate(gap), at_syllable_rate(speech)).offset == 3
+    assert np.isnan(at_syllable_rate(np.full(30, np.nan))).all() and len(at_syllable_rate(mouth[:11])) == 11
