@@ -116,7 +116,7 @@ def cut_clips(
     tasks = [(raw[video], sorted(own, key=lambda clip: clip.start), folder) for video, own in by_video.items()]
     tasks, uncut = share.of(tasks), []
     total = sum(len(own) for _, own, _ in tasks)
-    with tqdm(total=total, desc="CelebV-HQ clips", unit="clip", disable=not progress) as bar:
+    with tqdm(total=total, desc="CelebV-HQ clips", unit="clip", disable=None if progress else True) as bar:
         for outcomes in _run(tasks, num_workers):
             uncut += [(name, reason) for name, reason in outcomes if reason]
             bar.update(len(outcomes))

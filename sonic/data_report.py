@@ -206,7 +206,9 @@ def write_report(
         "dropped": choose([piece for piece in pieces if not piece.kept]),
     }
     examples = {name: [] for name in sides}
-    with tqdm(total=sum(map(len, sides.values())), desc="report", unit="piece", disable=not progress) as bar:
+    with tqdm(
+        total=sum(map(len, sides.values())), desc="report", unit="piece", disable=None if progress else True
+    ) as bar:
         for name, chosen in sides.items():
             for piece in chosen:
                 examples[name].append(example(piece, data_root, look(piece) if piece.num_ticks else None))

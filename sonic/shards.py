@@ -59,7 +59,7 @@ def export_shards(
     if more:
         raise UserError(f"{folder} holds {more[0]} of an earlier, larger export: remove it, or give another folder")
     left_out, tasks = [], share.of(list(zip(names, shards, strict=True)))
-    for name, own in tqdm(tasks, desc="shards", unit="shard", disable=not progress):
+    for name, own in tqdm(tasks, desc="shards", unit="shard", disable=None if progress else True):
         left_out += _write_shard(folder / f"{name}.tar", own, extractor_name)
     return share.gather(left_out)
 

@@ -8,8 +8,7 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 import sonic_training
-from sonic import pipeline
-from sonic.blocks import lay_out
+from sonic.blocks import compile_unet, lay_out
 from sonic.guided import Branches
 
 
@@ -37,7 +36,7 @@ def test_a_compiled_unet_animates_the_same():
     """--compile, with moving windows and the branches that count."""
     eager, compiled, (still, speech) = denoiser_of(), denoiser_of(), inputs()
     lay_out(compiled.unet)
-    pipeline.compile_unet(compiled.unet, torch.device("cpu"))
+    compile_unet(compiled.unet, torch.device("cpu"))
     x = torch.randn(WINDOW, 4, SIDE, SIDE)
     with torch.inference_mode():
         calls = [Branches(denoiser, still, speech, key_memory=1.0) for denoiser in (eager, compiled)]
