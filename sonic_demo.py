@@ -13,12 +13,13 @@ Exit codes: 0 all made; 1 some clips of a batch failed; 2 wrong flags or input; 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonic.config import SonicConfig, UserError
+from sonic.config import PageConfig, SonicConfig, UserError
 from sonic.flags import Parser, config_from, run
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -46,6 +47,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--gradio", action="store_true", help="open the web page instead")
     parser.add_argument("--share", action="store_true", help="with --gradio: a public address")
     parser.add_config(SonicConfig)
+    parser.add_config(PageConfig)
     return parser.parse_args(arguments)
 
 
@@ -55,9 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     if flags.gradio:
         from sonic.webui import serve  # a machine that only animates needs no gradio
 
-        return serve(config, share=flags.share)
+        return serve(config, flags.share, config_from(PageConfig, flags))
     if flags.share:
         raise UserError("--share opens the web page to others: use it with --gradio")
+    for field in dataclasses.fields(PageConfig):
+        if getattr(flags, field.name) is not None:
+            raise UserError(f"--{field.name} is for the web page: use it with --gradio")
     jobs, batch = plan(flags)
 
     # Late, so that wrong flags are answered at once.

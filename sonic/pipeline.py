@@ -39,7 +39,21 @@ FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device"
 TOKEN_BATCH = 256  # frames whose audio goes through the adapters at once
 
 ImageLike = str | Path | Image.Image | np.ndarray
-Progress = Callable[[int, int], None]  # UNet calls done, of how many
+
+
+@dataclass
+class Progress:
+    """How far a video is: `done` of `total` UNet calls or frames of its stage; `preview` gives a small uint8 [h, w, 3] picture
+    of it by now, or None."""
+
+    stage: str  # listening, denoising or decoding
+    done: int
+    total: int
+    seconds_left: float | None = None
+    preview: Callable[[], np.ndarray | None] = lambda: None
+
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass
@@ -211,7 +225,7 @@ class Animator:
         speech: Speech,
         settings: Settings,
         seed: int,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> np.ndarray:
         """A portrait and speech for N frames -> frames uint8 [N, 8 H, 8 W, 3]."""
         # Drawn on the CPU, so that a seed means the same on every device.
@@ -226,7 +240,7 @@ class Animator:
         speech: Speech,
         noise: Tensor,
         settings: Settings,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Tensor:
         """The denoised latents [N, C, H, W] that start from `noise`, like them."""
         sigmas = sampling.noise_levels(self.base.scheduler, settings.num_inference_steps).to(self.device)
@@ -234,15 +248,23 @@ class Animator:
         windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))
         total, calls = windows * settings.num_inference_steps, count(1)
 
+        shown: list[Tensor] = []
+
+        def preview() -> np.ndarray | None:
+            if not shown:
+                return None
+            middle = shown[0][len(shown[0]) // 2][None]
+            return next(self.decode(middle / max(1.0, float(middle.std())), 1))[0]
+
         def counted(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
             result = velocities(x, sigma, indices, wanted)
             bar.update()
             if on_progress is not None:
-                on_progress(next(calls), total)
+                on_progress(Progress("denoising", next(calls), total, preview=preview))
             return result
 
         with tqdm(total=total, desc="denoising", unit="window", disable=None, leave=False) as bar:
-            *_, latents = sampling.sample(
+            for latents in sampling.sample(
                 counted,
                 still.latent * self.base.vae.config.scaling_factor + sigmas[0] * noise,
                 sigmas,
@@ -251,7 +273,9 @@ class Animator:
                 shift_offset=settings.shift_offset,
                 image_scale=settings.guidance_scale_image,
                 audio_scale=settings.guidance_scale_audio,
-            )
+            ):
+                shown.append(latents)
+                del shown[:-1]
         return latents
 
 
@@ -287,7 +311,7 @@ class SonicPipeline:
         num_frames: int | None = None,
         motion_buckets: dict[str, float] | None = None,
         face_box: str | tuple[float, float, float, float] | None = None,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
         **overrides,
     ) -> SonicVideo:
         """Makes the portrait speak.

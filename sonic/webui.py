@@ -1,6 +1,7 @@
-"""The web page: portrait, speech, motion and seed in, video out (`python sonic_demo.py --gradio [--share]`).
+"""The web page: portrait and speech in, video out (`python sonic_demo.py --gradio [--share]`).
 
-`build` makes the page of a loaded pipeline, `serve` loads, opens and closes it. Programs call it with gradio_client:
+`build` makes the page of a loaded pipeline, `serve` loads, opens and closes it. What happens on it stands in `page_actions.py`,
+what guards it in `page_guard.py`. Programs call it with gradio_client (docs/page.md):
 
     Client("http://127.0.0.1:7860").predict(
         handle_file("portrait.jpg"), handle_file("speech.wav"), "moderate", 42, api_name="/animate"
@@ -12,124 +13,431 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import threading
 import time
-import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
-from PIL import Image
+from starlette.middleware import Middleware
 
-from sonic.config import MOTION_SCALES, SEED, SonicConfig, UserError
-from sonic.pipeline import SonicPipeline, as_image
-from sonic.portrait import find_face
+from sonic.config import MOTION_SCALES, PageConfig, SonicConfig, UserError
+from sonic.page_actions import AUTO, HAND, Actions
+from sonic.page_guard import Guard
+from sonic.page_jobs import CHOICES, Workshop
+from sonic.page_limits import Limits, Store, accounts, is_open_to_strangers, resolve
+from sonic.page_text import ENGLISH, LANGUAGES, say, translations
+from sonic.page_views import CSS, FIRST_LANGUAGE, FONT, HEAD, MONO, ROLL, SWITCH_LANGUAGE, bad_card, quiet_card
+from sonic.pipeline import SonicPipeline
+from sonic.portrait import FULL
 from sonic.weights import ROOT
 
-MAX_WAITING = 20  # jobs in the queue; who comes later is told so at once
-MAX_UPLOAD = "200mb"  # per file
-CLEAN_EVERY, KEEP_FOR = 600, 6 * 3600  # seconds; uploads and results older than that are deleted
+JOBS, LOOKS, MEASURES = (
+    "jobs",
+    "looks",
+    "measures",
+)  # gradio's queues: the pipeline's, that for quick answers, for comparisons
+LOOKS_AT_ONCE, LOOKS_WAITING = 4, 60
+SESSIONS = 500  # visitors whose history is remembered; the one who was away longest is forgotten first
+CLEAN_EVERY = 60  # seconds
 EXAMPLE = (ROOT / "examples/portrait.jpg", ROOT / "examples/audio.wav")
 
-INTRO = "# Sonic\nA portrait and a voice become a video in which the portrait speaks."
+
+@dataclass
+class Page:
+    """A built page, and what must be closed with it."""
+
+    blocks: gr.Blocks
+    workshop: Workshop
+    store: Store
+    limits: Limits
+    jobs: tuple[set[int], set[str]]  # the jobs among gradio's functions, by number and by name
+
+    def is_full(self, body: dict, path: str) -> bool:
+        """Whether a request asks for a job that no more may wait for."""
+        numbers, names = self.jobs
+        wanted = body.get("fn_index") in numbers if path.endswith("/queue/join") else False
+        if "/call/" in path:
+            wanted = path.rstrip("/").rsplit("/", 1)[-1] in names
+        queue = self.blocks._queue.event_queue_per_concurrency_id.get(JOBS)
+        return wanted and queue is not None and len(queue.queue) >= self.limits.max_waiting
+
+    def close(self) -> None:
+        self.workshop.close()
+        self.blocks.close(verbose=False)
 
 
-def build(pipeline: SonicPipeline) -> gr.Blocks:
-    """The page of a pipeline, its queue of one job at a time included; ready to `launch`."""
-    config = pipeline.config
-
-    def animate(
-        portrait: dict | None,
-        speech: dict | None,
-        motion: str,
-        seed: float | None,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (gradio finds the bar by this default)
-    ) -> tuple[str, str]:
-        """Makes the portrait speak: the video, and a line that says what was made."""
-
-        def on_progress(done: int, total: int) -> None:
-            if not page.is_running:  # else Ctrl-C would wait for the whole video
-                raise _refusal("the page was closed")
-            progress((done, total), desc="Denoising" if done < total else "Drawing the frames", unit="steps")
-
-        portrait_path, speech_path = _uploaded(portrait, "portrait"), _uploaded(speech, "speech")
-        # A folder that nobody can guess, in the one place that gradio serves files from and cleans up.
-        result = Path(video.GRADIO_CACHE, uuid.uuid4().hex, "sonic.mp4")
-        progress(0, desc="Reading the portrait and the speech")
-        try:
-            seed = _checked_seed(seed)
-            image = as_image(portrait_path)
-            features = pipeline.extract_audio_features(speech_path)
-            face_box = _face_box(image)
-            made = pipeline.generate(
-                image, features, face_box=face_box, on_progress=on_progress, motion=motion, seed=seed
+def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | None = None) -> Page:
+    """The page of a pipeline, ready to be opened. `folder` takes uploads and results; gradio must be told the same one."""
+    limits = limits or Limits()
+    store = Store(folder or Path(os.environ["GRADIO_TEMP_DIR"]), limits)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    workshop = Workshop(pipeline, store.new)
+    actions = Actions(workshop, store, limits)
+    text = translations()
+    with gr.Blocks(title="Sonic", analytics_enabled=False) as blocks:
+        with gr.Row(elem_id="head"):
+            gr.HTML("<h1>Sonic</h1>", min_width=80, scale=0)
+            gr.Markdown(text("intro"))
+            language = gr.Radio(
+                LANGUAGES,
+                value=ENGLISH,
+                label=text("language"),
+                show_label=False,
+                elem_id="language",
+                scale=0,
+                min_width=180,
             )
-            progress(1.0, desc="Writing the video")
-            pipeline.save_video(made, result)
-        except UserError as error:
-            names = {portrait_path: "the portrait", speech_path: "the speech", result: "the video"}
-            raise _refusal(_without_paths(str(error), names)) from None
-        height, width = made.frames.shape[1:3]
-        seconds = len(made) / made.fps
-        return str(result), f"{len(made)} frames at {made.fps:g} fps: {seconds:.2f} s, {width} × {height}, seed {seed}"
+        with gr.Tabs():
+            with gr.Tab(text("tab_one")):
+                jobs = _one_video(actions, text, language)
+            with gr.Tab(text("tab_batch")):
+                jobs += _batch(actions, text, language, jobs.pop())
+        blocks.load(None, None, language, js=FIRST_LANGUAGE)
+        language.input(None, language, None, js=SWITCH_LANGUAGE)
+    # api_open: a plain POST would go past the queue.
+    blocks.queue(max_size=limits.max_waiting + LOOKS_WAITING, api_open=False)
+    blocks.sonic_text = text
+    store.keep_present()
+    names = {blocks.fns[number].api_name for number in jobs} - {False, None}
+    return Page(blocks, workshop, store, limits, (set(jobs), names))
 
-    with gr.Blocks(title="Sonic", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR)) as page:
-        gr.Markdown(INTRO)
-        with gr.Row():
-            with gr.Column():
-                # The buttons are named because gradio's own choice has one that uploads to another site.
+
+def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
+    """The first tab. Gives the numbers of its jobs among gradio's functions, and last the controls of a video's settings."""
+    config, own = actions.workshop.pipeline.config, actions.workshop.pipeline.settings
+    with gr.Row():
+        with gr.Column():
+            # The buttons are named because gradio's own choice has one that uploads to another site.
+            with gr.Row():
                 portrait = gr.Image(
-                    label="Portrait",
+                    label=text("portrait"),
                     type="filepath",
-                    sources=["upload", "clipboard"],
+                    sources=["upload", "webcam", "clipboard"],
                     buttons=["fullscreen"],
                     height=300,
+                    min_width=220,
+                    elem_id="portrait",
                 )
-                speech = gr.Audio(
-                    label="Speech", type="filepath", sources=["upload", "microphone"], buttons=["download"]
+                view = gr.Image(
+                    label=text("face"),
+                    interactive=False,
+                    visible=False,
+                    buttons=[],
+                    height=300,
+                    min_width=220,
+                    format="jpeg",
+                    elem_id="face",
                 )
-                if all(path.is_file() for path in EXAMPLE):
-                    gr.Examples([[str(path) for path in EXAMPLE]], [portrait, speech], cache_examples=False)
-            with gr.Column():
+            face_note = gr.HTML()
+            with gr.Accordion(text("face_mode"), open=False) as face_box:
+                mode = gr.Radio(
+                    [(text("face_auto"), AUTO), (text("face_hand"), HAND), (text("face_full"), FULL)],
+                    value=AUTO,
+                    label=text("face_mode"),
+                    show_label=False,
+                )
+                gr.Markdown(text("face_help"))
+                sliders = []
+                for pair in ((("left", 25), ("right", 75)), (("top", 25), ("bottom", 75))):
+                    with gr.Row():
+                        sliders += [
+                            gr.Slider(0, 100, value, step=0.5, label=text(key), min_width=120) for key, value in pair
+                        ]
+                left, right, top, bottom = sliders
+            speech = gr.Audio(
+                label=text("speech"),
+                type="filepath",
+                sources=["upload", "microphone"],
+                buttons=[],
+                elem_id="speech",
+            )
+            speech_note = gr.HTML()
+            # A dynamic scale on the command line stands in the motion's place.
+            motion = gr.Radio(
+                [(text(name), name) for name in MOTION_SCALES],
+                value=config.motion,
+                label=text("motion"),
+                visible=config.dynamic_scale is None,
+                elem_id="motion",
+            )
+            with gr.Accordion(text("more"), open=False, elem_id="more"):
                 with gr.Row():
-                    # A dynamic scale on the command line stands in the motion's place.
-                    motion = gr.Radio(
-                        list(MOTION_SCALES),
-                        value=config.motion,
-                        label="Motion",
-                        visible=config.dynamic_scale is None,
-                        scale=4,
-                        min_width=370,  # the three on one line
+                    seed = gr.Number(
+                        config.seed, label=text("seed"), precision=0, minimum=0, min_width=140, elem_id="seed"
                     )
-                    seed = gr.Number(config.seed, label="Seed", precision=0, minimum=0, min_width=90)
-                button = gr.Button("Animate", variant="primary")
-                video = gr.Video(
-                    label="Video", format="mp4", interactive=False, autoplay=True, buttons=["download"], height=400
+                    dice = gr.Button(text("dice"), min_width=140)
+                with gr.Row():
+                    buckets = [
+                        gr.Number(
+                            getattr(config, f"{key}_bucket"),
+                            label=text(key),
+                            placeholder=text("automatic"),
+                            minimum=0,
+                            maximum=127,
+                            min_width=140,
+                        )
+                        for key in ("translation", "expression")
+                    ]
+                with gr.Row():
+                    scales = [
+                        gr.Slider(
+                            0,
+                            15,
+                            _first(config, own, f"guidance_scale_{key}"),
+                            step=0.1,
+                            label=text(f"guidance_{key}"),
+                            min_width=140,
+                        )
+                        for key in ("image", "audio")
+                    ]
+                with gr.Row():
+                    steps_now = min(_first(config, own, "num_inference_steps"), actions.limits.max_steps)
+                    steps = gr.Slider(
+                        1,
+                        min(100, actions.limits.max_steps),
+                        steps_now,
+                        step=1,
+                        label=text("steps"),
+                        min_width=140,
+                        elem_id="steps",
+                    )
+                    shift = gr.Slider(
+                        0, 25, _first(config, own, "shift_offset"), step=1, label=text("shift"), min_width=140
+                    )
+                resolution = gr.Slider(
+                    64,
+                    max(128, min(1024, actions.limits.max_resolution)),
+                    min(_first(config, own, "resolution"), actions.limits.max_resolution),
+                    step=64,
+                    label=text("resolution"),
                 )
-                status = gr.Textbox(label="What was made", interactive=False, lines=1)
-        button.click(
-            animate,
-            [portrait, speech, motion, seed],
-            [video, status],
-            api_name="animate",
-            show_progress_on=video,
-            # gradio would open the picture itself and answer a broken one with a bare "Error". What it hands over is
-            # checked all the same: only files that were uploaded.
-            preprocess=False,
+                load = gr.UploadButton(text("load_settings"), file_types=[".json", ".mp4"], size="sm")
+            if all(path.is_file() for path in EXAMPLE):
+                gr.Examples(
+                    [[str(path) for path in EXAMPLE]],
+                    [portrait, speech],
+                    cache_examples=False,
+                    label=text("example"),
+                    api_visibility="private",
+                )
+        with gr.Column():
+            button = gr.Button(text("animate"), variant="primary", elem_id="animate")
+            status = gr.HTML(quiet_card(say("idle")), elem_id="status")
+            cancel = gr.Button(text("cancel"), variant="stop", visible=False, elem_id="cancel")
+            with gr.Column(visible=False) as result:
+                video = gr.Video(
+                    label=text("video"),
+                    format="mp4",
+                    interactive=False,
+                    autoplay=True,
+                    buttons=[],
+                    height=400,
+                    elem_id="video",
+                )
+                with gr.Row():
+                    get_video = gr.DownloadButton(text("download_video"), min_width=140, elem_id="get_video")
+                    get_settings = gr.DownloadButton(text("download_settings"), min_width=140, elem_id="get_settings")
+                with gr.Accordion(text("settings"), open=False):
+                    settings = gr.JSON(show_label=False)
+                compare = gr.Button(text("compare"), elem_id="compare")
+                compared = gr.HTML()
+                plot = gr.Image(
+                    label=text("plot"), interactive=False, visible=False, buttons=["fullscreen"], elem_id="plot"
+                )
+                beside = gr.Video(label=text("side_by_side"), interactive=False, visible=False, buttons=[], height=360)
+            gallery = gr.Gallery(
+                label=text("history"),
+                columns=4,
+                height=180,
+                allow_preview=False,
+                visible=False,
+                buttons=[],
+                elem_id="history",
+            )
+    corner, history, last = gr.State(None), gr.State([]), gr.State(None)
+    chosen = [motion, seed, *buckets, *scales, steps, shift, resolution]  # in the order of CHOICES
+    face = [mode, left, top, right, bottom]
+
+    # Quick answers. gradio would open pictures and sounds itself and answer a broken one with a bare "Error": preprocess=False.
+    quick = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden", "concurrency_id": LOOKS}
+    quick["concurrency_limit"] = LOOKS_AT_ONCE
+    seen = [view, face_note, *face, face_box]
+    portrait.change(_starting_anew(actions.look), [portrait, *face, language], [*seen, corner], **quick)
+    for changed in (mode.input, *(slider.release for slider in sliders)):
+        changed(_as_drawn(actions.look, changed is not mode.input), [portrait, *face, language], seen, **quick)
+    view.select(actions.click, [portrait, corner, language], [*seen, corner], **quick)
+    heard = [speech, steps, shift, resolution, language]
+    for changed in (speech.change, steps.release, resolution.release):
+        changed(actions.listen, heard, speech_note, **quick)
+    load.upload(actions.load_settings, [load, language], [*chosen, speech_note], **quick)
+    dice.click(None, None, seed, js=ROLL)
+
+    # The video.
+    def wait(language):
+        return quiet_card(say("waiting", language)), gr.update(visible=True), gr.update(interactive=False)
+
+    def ready():
+        return gr.update(visible=False), gr.update(interactive=True)
+
+    def stop(language):
+        return bad_card(say("cancelled", language)), *ready()
+
+    def animate(portrait, speech, mode, left, top, right, bottom, language, history, *chosen):
+        """Makes the portrait speak, and tells how far it is."""
+        yield from actions.animate(
+            portrait,
+            speech,
+            (mode, left, top, right, bottom),
+            dict(zip(CHOICES, chosen, strict=True)),
+            language,
+            history,
         )
-    # api_open: a plain POST would go past the queue.
-    return page.queue(default_concurrency_limit=1, max_size=MAX_WAITING, api_open=False)
+
+    made = [video, get_video, get_settings, settings, result]
+    begun = button.click(wait, language, [status, cancel, button], **quick)
+    job = {"preprocess": False, "concurrency_id": JOBS, "concurrency_limit": 1}
+    run = begun.then(
+        animate,
+        [portrait, speech, *face, language, history, *chosen],
+        [status, *made, history, gallery, last],
+        api_visibility="private",
+        show_progress="minimal",
+        show_progress_on=status,
+        **job,
+    )
+    run.then(ready, None, [cancel, button], **quick)
+    cancel.click(stop, language, [status, cancel, button], cancels=[run], **quick)
+    gallery.select(actions.show_again, history, [*made, last], **quick)
+    compare.click(
+        actions.compare,
+        [last, language],
+        [plot, beside, compared],
+        preprocess=False,
+        api_visibility="private",
+        show_progress_on=compared,
+        concurrency_id=MEASURES,
+        concurrency_limit=1,
+    )
+
+    # The same for programs.
+    def animate_for_program(
+        portrait,
+        speech,
+        motion="moderate",
+        seed=None,
+        translation_bucket=None,
+        expression_bucket=None,
+        guidance_scale_image=None,
+        guidance_scale_audio=None,
+        num_inference_steps=None,
+        shift_offset=None,
+        resolution=None,
+        face=None,
+        left=None,
+        top=None,
+        right=None,
+        bottom=None,
+        language=None,
+    ):
+        """Makes the portrait speak: the video, and a line that says what was made."""
+        chosen = (motion, seed, translation_bucket, expression_bucket, guidance_scale_image, guidance_scale_audio)
+        chosen += (num_inference_steps, shift_offset, resolution)
+        yield from actions.animate_for_program(
+            portrait, speech, (face, left, top, right, bottom), dict(zip(CHOICES, chosen, strict=True)), language
+        )
+
+    for_program = gr.Button(visible=False)
+    said = gr.Textbox(visible=False, label="what was made")
+    called = for_program.click(
+        animate_for_program,
+        [portrait, speech, *chosen, *face, language],
+        [gr.Video(visible=False, label="video", format="mp4"), said],
+        api_name="animate",
+        **job,
+    )
+    return [run.fn_index if hasattr(run, "fn_index") else run["id"], called["id"], chosen]
 
 
-def open_page(page: gr.Blocks, share: bool = False) -> tuple[str, str | None]:
+def _batch(actions: Actions, text: gr.I18n, language: gr.Radio, chosen: list) -> list[int]:
+    """The second tab. Gives the number of its job."""
+    gr.Markdown(text("batch_help"))
+    with gr.Row():
+        portraits = gr.File(
+            label=text("portraits"), file_count="multiple", file_types=["image"], elem_id="portraits", height=200
+        )
+        speeches = gr.File(
+            label=text("speeches"), file_count="multiple", file_types=["audio", "video"], elem_id="speeches", height=200
+        )
+    with gr.Row():
+        button = gr.Button(text("make_all"), variant="primary", elem_id="make_all")
+        cancel = gr.Button(text("cancel"), variant="stop", elem_id="cancel_batch")
+    table = gr.HTML(elem_id="table")
+    archive = gr.DownloadButton(text("zip"), visible=False, elem_id="zip")
+
+    def make_all(portraits, speeches, language, *chosen):
+        """Every portrait with every voice."""
+        yield from actions.make_all(portraits, speeches, dict(zip(CHOICES, chosen, strict=True)), language)
+
+    run = button.click(
+        make_all,
+        [portraits, speeches, language, *chosen],
+        [table, archive],
+        preprocess=False,
+        api_visibility="private",
+        show_progress="minimal",
+        show_progress_on=table,
+        concurrency_id=JOBS,
+        concurrency_limit=1,
+    )
+    cancel.click(None, None, None, cancels=[run])
+    return [run["id"]]
+
+
+def _first(config: SonicConfig, own, name: str):
+    """A setting's value for a control that holds one number: what the command line says, else the model's own."""
+    value = getattr(config, name)
+    value = getattr(own, name) if value is None else value
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _starting_anew(look):
+    """A new portrait: its face is looked for, whatever was drawn on the one before."""
+
+    def answer(portrait, mode, left, top, right, bottom, language):
+        mode = AUTO if mode == HAND else mode
+        return [*look(portrait, mode, left, top, right, bottom, language), None]
+
+    return answer
+
+
+def _as_drawn(look, by_hand: bool):
+    """A slider that was moved means: by hand."""
+
+    def answer(portrait, mode, left, top, right, bottom, language):
+        return look(portrait, HAND if by_hand else mode, left, top, right, bottom, language)
+
+    return answer
+
+
+def open_page(page: Page, share: bool = False, auth: list[tuple[str, str]] | None = None) -> tuple[str, str | None]:
     """Starts serving in the background: the local address, and the public one or None. Raises UserError if no port is free."""
-    # Fonts that every system has: the page must look the same without a network.
-    theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+    theme = gr.themes.Soft(
+        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONO
+    )
     try:
-        _, local, public = page.launch(
+        _, local, public = page.blocks.launch(
             share=share,
+            auth=auth,
             prevent_thread_lock=True,
             quiet=True,
             theme=theme,
-            max_file_size=MAX_UPLOAD,
+            css=CSS,
+            head=HEAD,
+            i18n=page.blocks.sonic_text,
+            max_file_size=int(page.limits.max_upload_mb * 1e6),
+            state_session_capacity=SESSIONS,
+            app_kwargs={"middleware": [Middleware(Guard, store=page.store, is_full=page.is_full)]},
             footer_links=["api"],
             show_error=False,  # what is no gr.Error goes to the terminal, not to the visitor
             enable_monitoring=False,
@@ -141,18 +449,22 @@ def open_page(page: gr.Blocks, share: bool = False) -> tuple[str, str | None]:
     return local, public
 
 
-def serve(config: SonicConfig, share: bool) -> int:
+def serve(config: SonicConfig, share: bool, page_config: PageConfig | None = None) -> int:
     """Loads the pipeline and serves its page until Ctrl-C (or SIGTERM). Returns the exit code."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # this project contacts nobody it was not told to
+    page_config = page_config or PageConfig()
+    auth = accounts(page_config.auth)
     pipeline = SonicPipeline(config)
+    limits = resolve(page_config, share, pipeline.settings)
     with tempfile.TemporaryDirectory(prefix="sonic-page-") as folder:
         # gradio serves what lies in these folders: ours, which holds no other program's files and goes with the page.
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(folder, "examples"))
-        page = build(pipeline)
+        page = build(pipeline, limits, Path(folder))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` leaves no uploads behind either
         try:
-            local, public = open_page(page, share)
+            threading.Thread(target=page.workshop.measure_pace, name="sonic-pace", daemon=True).start()
+            local, public = open_page(page, share, auth)
             print(f"Sonic's page is open at {local} (Ctrl-C closes it)", flush=True)
             if public:
                 print(f"for everybody who knows the address, for up to a week: {public}", flush=True)
@@ -161,46 +473,21 @@ def serve(config: SonicConfig, share: bool) -> int:
                     "no public address could be had (why stands above): the page is open on this computer only",
                     flush=True,
                 )
-            while page.is_running:
+            if is_open_to_strangers(page_config, share):
+                print(
+                    f"nobody is asked for a password, so limits are strict: {limits.max_audio_seconds:g} s of speech, "
+                    f"{limits.max_upload_mb:g} MB a file, {limits.max_waiting} jobs waiting, files kept for "
+                    f"{limits.keep_hours:g} h; --auth USER:PASSWORD widens them, and each has a flag",
+                    flush=True,
+                )
+            cleaned = time.monotonic()
+            while page.blocks.is_running:
                 time.sleep(0.2)
+                if time.monotonic() - cleaned > CLEAN_EVERY:
+                    page.store.clean()
+                    cleaned = time.monotonic()
         except KeyboardInterrupt:
             print("\nclosing the page", flush=True)
         finally:
-            page.close(verbose=False)
+            page.close()
     return 0
-
-
-def _uploaded(file: dict | None, what: str) -> Path:
-    """The path of an uploaded file, as gradio hands it over. Raises gr.Error if there is none."""
-    if not file or not file.get("path"):
-        raise _refusal(f"the {what} is missing: choose a file")
-    return Path(file["path"]).absolute()
-
-
-def _checked_seed(seed: float | None) -> int:
-    try:
-        return SEED(seed)
-    except ValueError as error:
-        raise UserError(f"the seed {error}") from None
-
-
-def _face_box(image: Image.Image) -> tuple[float, float, float, float]:
-    """The largest face's box. Raises UserError with advice that fits a page, which has no --face_box."""
-    try:
-        return find_face(image)
-    except UserError:
-        raise UserError(
-            "no face was found in the portrait: choose a picture that shows one face from the front, large and well lit"
-        ) from None
-
-
-def _without_paths(sentence: str, names: dict[Path, str]) -> str:
-    """The sentence with each path of the server replaced by what the visitor calls that file."""
-    for path, name in names.items():
-        sentence = sentence.replace(str(path), name)
-    return sentence
-
-
-def _refusal(sentence: str) -> gr.Error:
-    """What the visitor reads; no traceback in the terminal, since nothing is wrong with the server."""
-    return gr.Error(f"{sentence[0].upper()}{sentence[1:].rstrip('.')}.", print_exception=False)
