@@ -161,7 +161,7 @@ class Actions:
         yield [quiet_card(say("reading", language)), *same]
         try:
             job = self.workshop.start(self._order(portrait, speech, face, choices))
-            for job in self._followed(job):
+            for _ in self._followed(job):
                 yield [job_card(job, language), *same]
         except Exception as error:
             yield [bad_card(self._told(error, language)), *same]
@@ -174,7 +174,7 @@ class Actions:
         """The same for a program: the video's path or None, and a sentence. Raises gr.Error with what was wrong."""
         try:
             job = self.workshop.start(self._order(portrait, speech, face, choices))
-            for job in self._followed(job):
+            for _ in self._followed(job):
                 yield None, f"{say(job.stage, language)}, {100 * job.share:.0f} %"
         except Exception as error:
             raise gr.Error(self._told(error, language), print_exception=False) from None
@@ -215,7 +215,7 @@ class Actions:
         for number, (portrait, speech) in enumerate(pairs):
             try:
                 job = self.workshop.start(self._order(portrait, speech, (AUTO, 0, 0, 0, 0), choices))
-                for job in self._followed(job):
+                for _ in self._followed(job):
                     rows[number][2] = say("state_working", language, percent=100 * job.share)
                     yield [batch_table(rows, language), NOTHING]
                 made[number] = job.made
@@ -269,12 +269,12 @@ class Actions:
                 raise Refusal("no_face")
         return Order(image, sound, box, choices)
 
-    def _followed(self, job: Job) -> Iterator[Job]:
-        """A job until it ends. Raises what ended it."""
-        yield from follow(job)
+    def _followed(self, job: Job) -> Iterator[None]:
+        """Wakes up now and then until a job ends. Raises what ended it."""
+        for _ in follow(job):
+            yield
         if job.error:
             raise job.error
-        yield job
 
     def _portrait(self, file) -> Image.Image:
         path = self._path(file, "missing_portrait")
