@@ -4,23 +4,32 @@
     python sonic_demo.py --checkpoint checkpoints/Sonic --image portrait.jpg --audio speech.wav --output output.mp4
     python sonic_demo.py --image faces/ --audio voice.wav --output videos/        # a folder; several files or a CSV work too
     python sonic_demo.py --gradio --share                                         # the web page
+    python sonic_demo.py --config output.mp4 --image other.jpg --audio speech.wav --output again.mp4   # its settings
+    python sonic_demo.py --doctor                                                 # is all there that this needs?
 
 Several images and several sounds go together one by one; a single one of either goes with all of the other. A CSV file has
 the columns `image` and `audio` and, if wanted, `output`, its paths seen from the CSV's folder.
-Exit codes: 0 all made; 1 some clips of a batch failed; 2 wrong flags or input; 130 interrupted.
+
+--json prints one JSON object: of a clip `output`, `frames`, `fps`, `seconds`, `seed`, `settings`, `timings` (seconds), of a
+batch `clips` and `failures`, of --doctor `ok` and `checks`; where it ends early, `error`.
+
+Exit codes: 0 all made; 1 some clips of a batch failed, or --doctor found what is broken; 2 wrong flags or input; 130 Ctrl-C;
+143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import sys
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonic.config import PageConfig, SonicConfig, UserError
-from sonic.flags import Parser, config_from, run
+from sonic.config import MODEL, MOTION, PICTURE, SAMPLING, SPEED, PageConfig, SonicConfig, UserError
+from sonic.flags import Parser, config_from, json_result, run
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".mov", ".mkv", ".webm")
@@ -37,32 +46,63 @@ class Job:
 
 def parse(arguments: list[str] | None = None) -> Namespace:
     """The command line; the fields of SonicConfig are checked again when it is made of them."""
-    parser = Parser(__doc__)
-    parser.add_argument("--image", nargs="+", help="portrait: a file, several files, a folder, or a CSV")
-    parser.add_argument("--audio", nargs="+", help="speech: a file, several files, or a folder")
-    parser.add_argument("--output", help="the .mp4 to write; for several clips a folder")
-    parser.add_argument(
-        "--face_box", help="X0,Y0,X1,Y1 in pixels of the portrait, or 'full' (default: the largest face is found)"
+    parser = Parser(__doc__, read_other=settings_of_video)
+    files = parser.group("input and output")
+    files.add_argument("--image", nargs="+", metavar="PATH", help="portrait: a file, several files, a folder, or a CSV")
+    files.add_argument("--audio", nargs="+", metavar="PATH", help="speech: a file, several files, or a folder")
+    files.add_argument("--output", metavar="PATH", help="the .mp4 to write; for several clips a folder")
+    files.add_argument(
+        "--face_box",
+        metavar="BOX",
+        help="X0,Y0,X1,Y1 in pixels of the portrait, or 'full' (default: the largest face is found)",
     )
-    parser.add_argument("--gradio", action="store_true", help="open the web page instead")
-    parser.add_argument("--share", action="store_true", help="with --gradio: a public address")
+    files.add_argument("--json", action="store_true", help="print one JSON object as the result, all else to stderr")
+    for title in (MODEL, MOTION, SAMPLING, PICTURE, SPEED):
+        parser.group(title)
+    page = parser.group("instead of animating")
+    page.add_argument("--gradio", action="store_true", help="open the web page")
+    page.add_argument("--share", action="store_true", help="with --gradio: a public address")
+    page.add_argument(
+        "--doctor", action="store_true", help="check packages, weights, device, codecs, and animate five frames"
+    )
     parser.add_config(SonicConfig)
     parser.add_config(PageConfig)
     return parser.parse_args(arguments)
 
 
+def settings_of_video(path: Path) -> str | None:
+    """For --config: the settings that an MP4 holds, as JSON; None for what is no MP4."""
+    if path.suffix.lower() != ".mp4":
+        return None
+    from sonic.record import read_record
+
+    return json.dumps(read_record(path)["settings"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     flags = parse(arguments)
     config = config_from(SonicConfig, flags)
+    if flags.share and not flags.gradio:
+        raise UserError("--share opens the web page to others: use it with --gradio")
     if flags.gradio:
+        if flags.json:
+            raise UserError("--json is the result of a clip: leave it away with --gradio, whose page has an API")
         from sonic.webui import serve  # a machine that only animates needs no gradio
 
         return serve(config, flags.share, config_from(PageConfig, flags))
-    if flags.share:
-        raise UserError("--share opens the web page to others: use it with --gradio")
     for field in dataclasses.fields(PageConfig):
         if getattr(flags, field.name) is not None:
             raise UserError(f"--{field.name} is for the web page: use it with --gradio")
+    with json_result(flags.json) as result:
+        if flags.doctor:
+            from sonic.doctor import examine
+
+            return examine(config, result)
+        return animate(config, flags, result)
+
+
+def animate(config: SonicConfig, flags: Namespace, result: dict) -> int:
+    """Makes what the flags ask for, and fills the result that --json prints. Gives the exit code."""
     jobs, batch = plan(flags)
 
     # Late, so that wrong flags are answered at once.
@@ -74,31 +114,76 @@ def main(arguments: list[str] | None = None) -> int:
     if not batch:  # a batch names what is wrong clip by clip; a single clip before the models are loaded
         image = media.load_image(jobs[0].image)
         media.load_audio(jobs[0].audio)
-        face_box = face_box or find_face(image, str(jobs[0].image))
+        if not face_box:
+            find_face(image, str(jobs[0].image))
+    started = time.perf_counter()
     pipeline = SonicPipeline(config)
+    load = time.perf_counter() - started
+    warn_of_another_model(flags.config, pipeline.model)
+
+    def make(job: Job) -> dict:
+        started = time.perf_counter()
+        path = pipeline.generate_video(job.image, job.audio, job.output, face_box=face_box)
+        return describe(path) | {"timings": {"load": load, "animate": time.perf_counter() - started}}
+
     if not batch:
-        print(pipeline.generate_video(jobs[0].image, jobs[0].audio, jobs[0].output, face_box=face_box))
+        result.update(make(jobs[0]))
+        print(result["output"])
         return 0
 
-    failures = []
+    result.update({"clips": [], "failures": []})
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {job.image} + {job.audio} -> {job.output}")
         try:
-            pipeline.generate_video(job.image, job.audio, job.output, face_box=face_box)
+            result["clips"].append(make(job))
         except Exception as error:  # whatever one clip runs into, the others go on; it is told and sets the exit code
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            failures.append(f"{job.image} + {job.audio}: {reason}")
+            result["failures"].append({"image": job.image, "audio": job.audio, "error": reason})
             print(f"failed: {reason}", file=sys.stderr)
-    print(f"{len(jobs) - len(failures)} of {len(jobs)} clips made in {flags.output}")
-    for failure in failures:
-        print(f"  failed: {failure}")
-    return 1 if failures else 0
+    print(f"{len(result['clips'])} of {len(jobs)} clips made in {flags.output}")
+    for failure in result["failures"]:
+        print(f"  failed: {failure['image']} + {failure['audio']}: {failure['error']}")
+    return 1 if result["failures"] else 0
+
+
+def describe(path: Path) -> dict:
+    """What --json says of a finished video: its own record, and what is in the file."""
+    from sonic.media import VideoReader
+    from sonic.record import read_record
+
+    record = read_record(path)
+    with VideoReader(path) as reader:
+        fps, seconds = reader.info.fps, reader.info.duration
+    return {
+        "output": str(path),
+        "frames": round(seconds * fps),
+        "fps": fps,
+        "seconds": seconds,
+        "seed": record["settings"]["seed"],
+        "settings": record["settings"],
+        "model": record["model"],
+    }
+
+
+def warn_of_another_model(config: str | None, model: dict) -> None:
+    """A video's settings are not its model, which --checkpoint names: whoever expects the same video is told."""
+    if config is None or Path(config).suffix.lower() != ".mp4":
+        return
+    from sonic.record import read_record
+
+    before = read_record(config)["model"]
+    if before != model:
+        print(
+            f"note: '{config}' was made with {before['name']} ({before['hash']}), this is {model['name']} "
+            f"({model['hash']}): the same settings give another video; choose the model with --checkpoint",
+            file=sys.stderr,
+        )
 
 
 def plan(flags: Namespace) -> tuple[list[Job], bool]:
     """What is to be made, and whether it is a batch. Raises UserError for missing files and flags that do not fit together."""
     if not flags.image or not flags.output:
-        raise UserError("give --image, --audio and --output (or --gradio for the web page)")
+        raise UserError("give --image, --audio and --output (or --gradio for the web page, --doctor for a check)")
     if len(flags.image) == 1 and Path(flags.image[0]).suffix.lower() == ".csv":
         return _from_csv(Path(flags.image[0]), flags), True
     if not flags.audio:

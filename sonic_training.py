@@ -5,8 +5,11 @@
     accelerate launch sonic_training.py ...                        # several processes or machines
     python sonic_training.py ... --resume_from_checkpoint latest   # goes on where it was
     python sonic_training.py ... --dry_run                         # what would happen, and what it needs
+    python sonic_training.py --config OUT/config.json --output_dir OTHER    # the settings of an earlier run
 
 Window length, frame step and resolution that no flag gives are those of the model that training starts from.
+
+Exit codes: 0 done; 2 wrong flags, input or losses; 130 Ctrl-C and 143 SIGTERM, in the loop after its step has been saved.
 """
 
 from __future__ import annotations

@@ -19,6 +19,12 @@ BASE_MODEL = f"{CHECKPOINTS}/stable-video-diffusion-img2vid-xt"
 WHISPER = f"{CHECKPOINTS}/whisper-tiny"
 RELEASED = f"{CHECKPOINTS}/Sonic"
 SHIPPED = f"{CHECKPOINTS}/sonic-mini"
+DOWNLOADS = {
+    BASE_MODEL: f"hf download stabilityai/stable-video-diffusion-img2vid-xt --local-dir {BASE_MODEL}",
+    WHISPER: f"hf download openai/whisper-tiny --local-dir {WHISPER}",
+    RELEASED: f"hf download LeonJoe13/Sonic --include 'Sonic/*' --local-dir {CHECKPOINTS}",
+    SHIPPED: "bash scripts/quickstart.sh",
+}
 
 MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # motion buckets are multiplied by (SPEC.md section 5)
 
@@ -45,6 +51,7 @@ def _or_ramp(check: Callable) -> Callable:
         ends = tuple(check(end) for end in ends)
         return ends if len(ends) == 2 else ends[0]
 
+    check_ends.metavar = "X[,X]"
     return check_ends
 
 
@@ -55,6 +62,9 @@ NO_CROP = "none"
 def _crop(value):
     """A margin in face sizes, or the word that takes the whole picture."""
     return value if value == NO_CROP else SCALE(value)
+
+
+_crop.metavar = SCALE.metavar
 
 
 @dataclass(frozen=True)
@@ -210,12 +220,22 @@ PRESETS = {
 }
 
 
+# Headings of --help, in its order.
+MODEL, MOTION = "model", "motion"
+SAMPLING = "guidance and sampling (default: the checkpoint's own)"
+PICTURE = "picture (default: the checkpoint's own)"
+SPEED = "speed and memory"
+PAGE = "the web page (--gradio)"
+
+
 @dataclass(frozen=True)
 class SonicConfig(Checked):
     """Which model animates, and how. What is None comes from the checkpoint's own settings."""
 
     checkpoint: str = flag(
-        SHIPPED, "folder with the trained weights, ours or the released unet.pth, audio2token.pth, audio2bucket.pth"
+        SHIPPED,
+        "folder with the trained weights, ours or the released unet.pth, audio2token.pth, audio2bucket.pth",
+        group=MODEL,
     )
     base_model: str | None = flag(
         None, f"Stable Video Diffusion folder (default: the checkpoint's own, else {BASE_MODEL})"
@@ -224,10 +244,13 @@ class SonicConfig(Checked):
     audio_extractor: str | None = flag(
         None, "FILE.py:NAME of your own audio features, if the checkpoint was trained on them"
     )
-    device: str = flag("auto", "auto, cpu, cuda or mps", DEVICE)
+    device: str = flag("auto", "auto, cpu, cuda or mps", DEVICE, group=SPEED)
     dtype: str = flag("auto", "auto (fp16 on cuda, else fp32), fp32, fp16 or bf16", DTYPE)
     motion: str = flag(
-        "moderate", "mild, moderate or intense: motion buckets times 1.0, 1.5 or 2.0", one_of(*MOTION_SCALES)
+        "moderate",
+        "mild, moderate or intense: motion buckets times 1.0, 1.5 or 2.0",
+        one_of(*MOTION_SCALES),
+        group=MOTION,
     )
     dynamic_scale: float | None = flag(None, "motion buckets times this number, instead of --motion", SCALE)
     translation_bucket: float | None = flag(
@@ -237,7 +260,10 @@ class SonicConfig(Checked):
         None, "expression, 0 to 127 (default: predicted from portrait and speech)", BUCKET
     )
     guidance_scale_image: float | tuple[float, float] | None = flag(
-        None, "image guidance (released weights: 2.0), or FIRST,LAST to go linearly over the steps", _GUIDANCE
+        None,
+        "image guidance (released weights: 2.0), or FIRST,LAST to go linearly over the steps",
+        _GUIDANCE,
+        group=SAMPLING,
     )
     guidance_scale_audio: float | tuple[float, float] | None = flag(
         None, "audio guidance (released weights: 7.5), or FIRST,LAST to go linearly over the steps", _GUIDANCE
@@ -248,13 +274,21 @@ class SonicConfig(Checked):
     overlap: int | None = flag(None, "frames that neighbouring windows share", WHOLE)
     num_inference_steps: int | None = flag(None, "denoising steps", POSITIVE)
     resolution: int | None = flag(
-        None, "short side of the video in pixels, rounded to a multiple of 64", number(int, low=64)
+        None,
+        "short side of the video in pixels, rounded to a multiple of 64",
+        number(int, low=64),
+        group=PICTURE,
     )
     frame_step: int | None = flag(None, "1 makes 25 frames per second, 2 makes 12.5", STEP)
     crop: float | str | None = flag(
         None, "cut a square around the face, grown by this share of it on each side (released: 0.5), or none", _crop
     )
-    seed: int = flag(42, "the same seed on the same machine gives the same file", SEED)
+    seed: int = flag(
+        42,
+        "the same seed on the same machine gives the same file",
+        SEED,
+        group=SAMPLING,
+    )
 
 
 _SOME = number(float, above=0)
@@ -265,7 +299,9 @@ class PageConfig(Checked):
     """Who may use the web page, and for how much. What is None is wide, or strict with --share and without --auth."""
 
     auth: str | None = flag(
-        None, "who may use the page: USER:PASSWORD, or a file with one such line for each (better: others see no file)"
+        None,
+        "who may use the page: a file with lines USER:PASSWORD, or one such pair (which others on this machine can see)",
+        group=PAGE,
     )
     max_upload_mb: float | None = flag(
         None, "largest file that is taken, in MB (default: 200; 20 with --share and without --auth)", _SOME
@@ -301,20 +337,20 @@ LORA_RANK = 16
 class TrainingConfig(Checked):
     """One training run."""
 
-    data_root: str = flag("", "folder of .mp4 .mov .mkv .webm files with speech, also nested")
+    data_root: str = flag("", "folder of .mp4 .mov .mkv .webm files with speech, also nested", group="data and output")
     output_dir: str = flag("outputs", "where checkpoints, logs and validation videos go")
     model_path: str = flag(
-        BASE_MODEL, "where training starts: a Stable Video Diffusion folder, or a checkpoint of ours"
+        BASE_MODEL, "where training starts: a Stable Video Diffusion folder, or a checkpoint of ours", group="models"
     )
     base_model: str | None = flag(None, "VAE and CLIP folder (default: --model_path, or what its checkpoint names)")
     whisper_path: str | None = flag(None, f"Whisper folder (default: the checkpoint's own, else {WHISPER})")
     audio_extractor: str | None = flag(
         None, "FILE.py:NAME of your own audio features instead of Whisper's (README: audio features)"
     )
-    cache_dir: str | None = flag(None, "prepared data (default: OUTPUT_DIR/cache)")
+    cache_dir: str | None = flag(None, "prepared data (default: OUTPUT_DIR/cache)", group="data and output")
 
     num_frames: int | None = flag(
-        None, "frames of a training window (default: the model's; SVD 25)", number(int, low=2)
+        None, "frames of a training window (default: the model's; SVD 25)", number(int, low=2), group="clips"
     )
     frame_step: int | None = flag(
         None, "1 trains 25 frames per second, 2 trains 12.5 (default: the model's; SVD 2)", STEP
@@ -338,7 +374,7 @@ class TrainingConfig(Checked):
         "nor CLIP nor Whisper and decodes no video",
     )
 
-    train_batch_size: int = flag(1, "clips per process and step", POSITIVE)
+    train_batch_size: int = flag(1, "clips per process and step", POSITIVE, group="steps and noise")
     noise_draws: int = flag(
         1, "noise levels drawn per clip and step; VAE and CLIP, which cost much of a step, run once for all", POSITIVE
     )
@@ -351,14 +387,18 @@ class TrainingConfig(Checked):
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", POSITIVE)
     num_train_epochs: int = flag(100, "passes over the clips, one random window of each per pass", POSITIVE)
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs", POSITIVE)
-    optimizer: str = flag("adamw", "adamw, or muon for models that start from nothing", one_of("adamw", "muon"))
+    optimizer: str = flag(
+        "adamw", "adamw, or muon for models that start from nothing", one_of("adamw", "muon"), group="optimizer"
+    )
     use_8bit_adam: bool = flag(False, "AdamW with moments of 8 bits instead of 32, by bitsandbytes")
     learning_rate: float = flag(1e-5, "the optimizer's learning rate", number(float, above=0))
     lr_scheduler: str = flag("constant", ", ".join(LR_SCHEDULERS), one_of(*LR_SCHEDULERS))
     lr_warmup_steps: int = flag(0, "optimizer steps over which the learning rate rises", WHOLE)
     adam_weight_decay: float = flag(1e-2, "the optimizer's weight decay", SCALE)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 clips nothing", SCALE)
-    mixed_precision: str = flag("no", "no, fp16 or bf16; trained weights stay in fp32", one_of("no", "fp16", "bf16"))
+    mixed_precision: str = flag(
+        "no", "no, fp16 or bf16; trained weights stay in fp32", one_of("no", "fp16", "bf16"), group=SPEED
+    )
     gradient_checkpointing: bool = flag(
         False, "compute activations again in the backward pass: much less memory, more time"
     )
@@ -368,6 +408,7 @@ class TrainingConfig(Checked):
         "all; attention: the attention of all transformer blocks; audio: the audio attention's projections; lora: those, and "
         "low-rank adapters in the other attention, by peft. Both adapters always",
         one_of(*TRAIN_MODULES),
+        group="what is trained",
     )
     lora_rank: int | None = flag(None, f"rank of the low-rank adapters (default: {LORA_RANK})", POSITIVE)
     ema_decay: float = flag(
@@ -376,21 +417,26 @@ class TrainingConfig(Checked):
     ema_device: str = flag(
         "auto", "where the average is kept: auto (the training device) or cpu", one_of("auto", "cpu")
     )
-    audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE)
+    audio_drop_prob: float = flag(0.05, "share of samples without audio", SHARE, group="dropout of conditions")
     image_drop_prob: float = flag(0.05, "share of samples without image (latent and CLIP)", SHARE)
     both_drop_prob: float = flag(0.05, "share of samples without both", SHARE)
 
     lip_loss_weight: float = flag(
-        1.0, "how much more the loss counts around the lips, which are a few percent of the picture", SCALE
+        1.0,
+        "how much more the loss counts around the lips, which are a few percent of the picture",
+        SCALE,
+        group="lips and sound",
     )
     face_loss_weight: float = flag(1.0, "how much more the loss counts in the face, the lips included", SCALE)
     init_audio2token: bool = flag(
         False, "start audio2token anew, its first layer fitted to the mean and covariance of the clips' audio features"
     )
 
-    num_workers: int = flag(4, "processes that prepare the data, then load it; 0 loads in the main process", WHOLE)
+    num_workers: int = flag(
+        4, "processes that prepare the data, then load it; 0 loads in the main process", WHOLE, group=SPEED
+    )
     compile: bool = flag(False, "torch.compile the UNet: a minute or more at the start, faster steps")
-    save_steps: int = flag(500, "optimizer steps between checkpoints", POSITIVE)
+    save_steps: int = flag(500, "optimizer steps between checkpoints", POSITIVE, group="the run")
     checkpoints_total_limit: int | None = flag(None, "newest checkpoints to keep (default: all)", POSITIVE)
     logging_steps: int = flag(10, "optimizer steps between log lines", POSITIVE)
     validation_steps: int = flag(500, "optimizer steps between validations; 0 turns them off", WHOLE)

@@ -513,6 +513,16 @@ def save_video(frames: np.ndarray, path, fps: float, audio=None, metadata: dict[
         writer.write(frames)
 
 
+def read_metadata(path) -> dict[str, str]:
+    """What a video file says of itself, by key. UserError: missing, empty, or no video that can be opened."""
+    path = _readable(path, "video")
+    try:
+        with av.open(str(path)) as container:
+            return dict(container.metadata)
+    except (av.error.FFmpegError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a video: give a whole MP4.") from error
+
+
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 

@@ -32,6 +32,7 @@ from sonic.checkpoints import BaseModels, load_base, load_whisper, open_checkpoi
 from sonic.config import MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
 from sonic.portrait import PortraitPixels, prepare_portrait
+from sonic.record import make_record, name_model, to_metadata
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a pipeline is made of; everything else in SonicConfig may change from one call to the next.
@@ -68,11 +69,13 @@ class AudioFeatures:
 
 @dataclass
 class SonicVideo:
-    """frames uint8 [N, H, W, 3] RGB, their rate, and the speech that belongs to them, [n] float32 at 16 kHz, or None."""
+    """frames uint8 [N, H, W, 3] RGB, their rate, the speech that belongs to them, [n] float32 at 16 kHz, or None, and the
+    record of how they were made (`sonic.record`), or None."""
 
     frames: np.ndarray
     fps: float
     speech: np.ndarray | None = None
+    record: dict | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -123,10 +126,12 @@ def as_image(image: ImageLike) -> Image.Image:
 def save_video(
     video: SonicVideo | np.ndarray, path: str | Path, fps: float = TICK_RATE, speech: np.ndarray | None = None
 ) -> None:
-    """Writes H.264 with AAC sound. Of a bare array uint8 [N, H, W, 3] RGB, `fps` and `speech` (16 kHz) must be said."""
+    """Writes H.264 with AAC sound, and the record if there is one. Of a bare array uint8 [N, H, W, 3] RGB, `fps` and `speech`
+    (16 kHz) must be said."""
+    record = None
     if isinstance(video, SonicVideo):
-        video, fps, speech = video.frames, video.fps, video.speech
-    media.save_video(video, path, fps, speech)
+        video, fps, speech, record = video.frames, video.fps, video.speech, video.record
+    media.save_video(video, path, fps, speech, to_metadata(record))
 
 
 def pick_device(name: str) -> torch.device:
@@ -295,6 +300,9 @@ class SonicPipeline:
         self.settings = checkpoint.settings
         self.extractor = audio_extractor or load_whisper(checkpoint.whisper_path)
         denoiser = checkpoint.load(dtype).eval().requires_grad_(False).to(self.device)
+        self.model = name_model(
+            self.config.checkpoint, checkpoint.tensors.get("audio2token", checkpoint.tensors["unet"])
+        )
         # SVD's VAE overflows in fp16 (force_upcast in its configuration): bf16 or fp32 only.
         base = load_base(checkpoint.base_model, dtype, dtype if dtype == torch.bfloat16 else torch.float32)
         self.animator = Animator(denoiser, base.to(self.device), self.device)
@@ -355,7 +363,8 @@ class SonicPipeline:
             fps=TICK_RATE / settings.frame_step,
         )
         frames = self.animator.animate(still, speech, settings, config.seed, on_progress)
-        return SonicVideo(frames, speech.fps, audio_features.speech)
+        record = self._record(config, settings, reference_image, face_box)
+        return SonicVideo(frames, speech.fps, audio_features.speech, record)
 
     def save_video(self, video: SonicVideo, output_path: str | Path) -> None:
         """Writes H.264 with AAC sound."""
@@ -367,7 +376,9 @@ class SonicPipeline:
         """From files to a file; `arguments` are those of `generate`. Returns the output's path."""
         as_image(image_path)  # a broken picture is refused before the speech is listened to
         features = self.extract_audio_features(audio_path)
-        save_video(self.generate(image_path, features, **arguments), output_path)
+        video = self.generate(image_path, features, **arguments)
+        video.record["audio"] = Path(audio_path).name  # of the folders it lay in, nothing is told
+        save_video(video, output_path)
         return Path(output_path)
 
     def audio_tokens(self, features: Tensor, ticks: Tensor) -> Tensor:
@@ -414,6 +425,22 @@ class SonicPipeline:
         if settings.overlap >= settings.num_frames:
             raise UserError(f"overlap {settings.overlap} must be below the window of {settings.num_frames} frames")
         return settings
+
+    def _record(self, config: SonicConfig, settings: Settings, image: ImageLike, face_box) -> dict:
+        """How a video was made: what the flags would be that give it again, and on what."""
+        said = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        said |= {name: value for name, value in dataclasses.asdict(settings).items() if name in said}
+        said = {name: value for name, value in said.items() if name not in FIXED}
+        said["crop"] = NO_CROP if settings.crop is None else settings.crop
+        said["face_box"] = face_box if face_box is None or isinstance(face_box, str) else ",".join(map(str, face_box))
+        return make_record(
+            self.model,
+            said,
+            device=self.device.type,
+            dtype=str(next(self.animator.denoiser.parameters()).dtype).removeprefix("torch."),
+            torch=torch.__version__,
+            image=Path(image).name if isinstance(image, str | Path) else None,
+        )
 
     def _features(self, audio_features: AudioFeatures) -> Tensor:
         if audio_features.extractor == self.extractor.name:

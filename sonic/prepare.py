@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -157,7 +158,7 @@ def prepare(
     own, needed = share.of(videos), num_frames * frame_step + 1
     entries = _track_all(data_root, own, tracks, num_workers, progress, data.report)
     outcomes = []
-    for name in tqdm(own, desc="audio features", unit="video", disable=not progress):
+    for name in tqdm(own, desc="audio features", unit="video", disable=None if progress else True):
         video = entries[name]
         reason = video.reason or _too_short(video, needed)
         reason = reason or _listen(data_root / name, video, extractor, features, data.report)
@@ -270,6 +271,7 @@ def _work(path: Path, entry: Path) -> None:
 
 def _one_thread() -> None:
     cv2.setNumThreads(1)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole group: without each worker's traceback
 
 
 def _track_all(
@@ -291,7 +293,9 @@ def _track_all(
         else:
             entries[name] = cached
             report.tracks_reused += 1
-    with tqdm(total=len(videos), initial=len(entries), desc="face tracks", unit="video", disable=not progress) as bar:
+    with tqdm(
+        total=len(videos), initial=len(entries), desc="face tracks", unit="video", disable=None if progress else True
+    ) as bar:
         for name, entry, reason in _run([(n, data_root / n, e) for n, e in todo], num_workers):
             # A worker's death is not written down: it may have been the machine's fault, and is tried again next time.
             entries[name] = _load_video(entry) if reason is None else _Video(reason=reason)
@@ -341,7 +345,17 @@ def _run(tasks: list[tuple[str, Path, Path]], num_workers: int) -> Iterator[tupl
 
 def _pool(size: int) -> ProcessPoolExecutor:
     # Forking a process that holds torch's threads and a CUDA context deadlocks; a spawned one starts clean.
-    return ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+    return _Pool(size, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Ends at once when it is interrupted: what a worker has not finished yet is made again next time."""
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+        return super().__exit__(kind, error, trace)
 
 
 def _hash(text: str) -> str:

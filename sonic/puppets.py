@@ -352,20 +352,21 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = flags.Parser("Draw talking puppets: MP4s with sound, and beside each its truth and its identity.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for name.mp4, name.truth.npz and name.json")
-    parser.add_argument("--speech", type=Path, required=True, help="folder of recordings to be spoken")
-    parser.add_argument("--clips", type=int, default=16, help="how many (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default: %(default)s)")
-    parser.add_argument("--fps", type=float, default=float(TICK_RATE), help="frames per second (default: %(default)s)")
+    files, clips = parser.group("input and output"), parser.group("the clips")
+    files.add_argument("--output", type=Path, required=True, help="folder for name.mp4, name.truth.npz and name.json")
+    files.add_argument("--speech", type=Path, required=True, help="folder of recordings to be spoken")
+    clips.add_argument("--clips", type=int, default=16, help="how many (default: %(default)s)")
+    clips.add_argument("--seconds", type=float, default=4.0, help="length of each (default: %(default)s)")
+    clips.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    clips.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default: %(default)s)")
+    clips.add_argument("--fps", type=float, default=float(TICK_RATE), help="frames per second (default: %(default)s)")
     amplitude = {"type": float, "nargs": "+", "default": [1.0], "metavar": "A"}
-    parser.add_argument(
+    clips.add_argument(
         "--head_amplitude",
         help="head movement; two numbers: between them, by temper (light walls) and chance",
         **amplitude,
     )
-    parser.add_argument(
+    clips.add_argument(
         "--expression_amplitude",
         help="brows, smile, gaze, blinks, the mouth along the law; two numbers: by mood and expressiveness (light clothes)",
         **amplitude,

@@ -17,14 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sonic.config import BASE_MODEL, CHECKPOINTS, RELEASED, SHIPPED, WHISPER, UserError
+from sonic.config import DOWNLOADS, UserError
 
-DOWNLOADS = {
-    BASE_MODEL: f"hf download stabilityai/stable-video-diffusion-img2vid-xt --local-dir {BASE_MODEL}",
-    WHISPER: f"hf download openai/whisper-tiny --local-dir {WHISPER}",
-    RELEASED: f"hf download LeonJoe13/Sonic --include 'Sonic/*' --local-dir {CHECKPOINTS}",
-    SHIPPED: "bash scripts/quickstart.sh",
-}
 # The project's own folder: its checkpoints/ is found from any current folder.
 ROOT = Path(__file__).resolve().parent.parent
 
