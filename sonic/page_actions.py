@@ -20,6 +20,7 @@ from PIL import Image
 from sonic import evaluation
 from sonic.config import SAMPLE_RATE, UserError
 from sonic.page_jobs import (
+    BY_HAND,
     CHOICES,
     PORTRAIT,
     POSTER,
@@ -49,6 +50,7 @@ from sonic.page_views import (
     to_percent,
 )
 from sonic.portrait import FULL, checked_box, find_face
+from sonic.record import read_record
 
 AUTO, HAND = "auto", "hand"  # where the face is; FULL is the third
 MODES = (AUTO, HAND, FULL)
@@ -124,7 +126,7 @@ class Actions:
         return note(f"{said} {say('estimate', language, time=duration(needed, language))}")
 
     def load_settings(self, file, language):
-        """A settings file as values of the controls, in the order of CHOICES, and a sentence."""
+        """A settings file, or a video that carries them, as values of the controls in the order of CHOICES; and a sentence."""
         try:
             stored = self._settings(file)
             taken = checked(
@@ -132,18 +134,16 @@ class Actions:
             )
         except Exception as error:
             return [*[NOTHING] * len(CHOICES), bad_card(self._told(error, language))]
-        values = [gr.update(value=taken[name]) if name in taken else gr.update(value=None) for name in CHOICES]
-        for index, name in enumerate(CHOICES):
-            if name not in taken and name not in ("translation_bucket", "expression_bucket"):
-                values[index] = NOTHING  # only these two may be empty
+        values = [taken.get(name, "" if name in BY_HAND else NOTHING) for name in CHOICES]
         return [*values, note(say("loaded", language))]
 
     def _settings(self, file) -> dict:
         path = self._path(file, "missing_video")
-        if path.stat().st_size > SETTINGS_BYTES:
-            raise Refusal("bad_settings")
         try:
-            stored = json.loads(path.read_bytes())
+            with path.open("rb") as stream:
+                start = stream.read(SETTINGS_BYTES)
+            is_mp4 = start[4:8] == b"ftyp"  # nothing else is shown to FFmpeg
+            stored = read_record(path)["settings"] if is_mp4 else json.loads(start)
         except (ValueError, RecursionError):
             raise Refusal("bad_settings") from None
         if not isinstance(stored, dict) or not set(stored) & set(CHOICES):

@@ -40,6 +40,10 @@ CHOICES = {
     "shift_offset": "shift",
     "resolution": "resolution",
 }
+NEEDED, BY_HAND = (
+    ("motion", "seed"),
+    ("translation_bucket", "expression_bucket"),
+)  # the latter are predicted where empty
 
 
 class Refusal(UserError):
@@ -61,10 +65,10 @@ def checked(chosen: dict, limits: Limits) -> dict:
     most |= {"guidance_scale_image": 100, "guidance_scale_audio": 100}
     taken = {}
     for name, value in chosen.items():
-        if value is None and name not in ("seed", "motion"):
+        if (value is None and name not in NEEDED) or (value == "" and name in BY_HAND):
             continue
         label = "motion" if name == "motion" else f"the {say(CHOICES[name]).split(' (')[0].split(',')[0].lower()}"
-        if isinstance(value, bool | list | dict) or (isinstance(value, str) and name != "motion"):
+        if isinstance(value, bool | list | dict) or (isinstance(value, str) and name not in (*BY_HAND, "motion")):
             raise UserError(f"{label} must be a number")
         try:
             taken[name] = fields[name].metadata["check"](value)
@@ -114,7 +118,7 @@ class Job:
         self.error: Exception | None = None
         self.finished = threading.Event()
         self._cancelled = threading.Event()
-        self._shown = 0.0
+        self._first = self._shown = 0.0
 
     def cancel(self) -> None:
         """The job ends at its next step."""
@@ -128,6 +132,7 @@ class Job:
         """The pipeline tells here how far it is; what this raises ends it."""
         self.check()
         self.stage, self.progress = progress.stage, progress
+        self._first = self._first or time.monotonic()
         if progress.stage == "denoising" and time.monotonic() - self._shown > SHOWN_EVERY:
             picture = progress.preview()
             if picture is not None:
@@ -136,8 +141,13 @@ class Job:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the video is there, where that is known."""
-        return self.progress.seconds_left if self.progress else None
+        """Until the video is there: what the pipeline says, else as the steps until now went."""
+        progress = self.progress
+        if progress is None or progress.seconds_left is not None:
+            return progress and progress.seconds_left
+        if progress.stage != "denoising" or progress.done < 2:
+            return None
+        return (time.monotonic() - self._first) / (progress.done - 1) * (progress.total - progress.done)
 
     @property
     def share(self) -> float:
@@ -195,25 +205,19 @@ class Workshop:
             order.portrait, features, face_box=order.face_box, on_progress=clock, **order.choices
         )
         job.stage, job.progress = "writing", None
-        settings = self.settings(order.choices)
+        settings = video.record["settings"]  # what the video carries too; `sonic_demo.py --config` takes either
         height, width = video.frames.shape[1:3]
         self.pace.learn(clock, len(video), width * height)
         folder = self._new_folder()
         self.pipeline.save_video(video, folder / VIDEO)
         made = Made(folder, len(video), video.fps, width, height, settings["seed"], time.monotonic() - started)
-        (folder / SETTINGS).write_text(json.dumps(settings | {"face_box": order.face_box}, indent=1) + "\n")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
         order.portrait.thumbnail((PORTRAIT_SIDE, PORTRAIT_SIDE))
         order.portrait.save(folder / PORTRAIT, quality=90)
         poster = Image.fromarray(video.frames[len(video) // 2])
         poster.thumbnail((POSTER_SIDE, POSTER_SIDE))
         poster.save(folder / POSTER, quality=90)
         return made
-
-    def settings(self, choices: dict) -> dict:
-        """What decides a video, as a visitor chose it or as it is without a choice; numbers that go up or down as lists."""
-        config = dataclasses.replace(self.pipeline.config, **choices)
-        own = self.pipeline.settings
-        return {name: _first_not_none(getattr(config, name), getattr(own, name, None)) for name in CHOICES}
 
     def estimate(
         self, seconds: float, choices: dict, size: tuple[int, int] | None = None
@@ -243,10 +247,6 @@ class Workshop:
                 picture, features, face_box=FULL, on_progress=clock, num_inference_steps=steps
             )
             self.pace.learn(clock, len(video), video.frames.shape[1] * video.frames.shape[2])
-
-
-def _first_not_none(*values):
-    return next((value for value in values if value is not None), None)
 
 
 class Clock:

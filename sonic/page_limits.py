@@ -111,11 +111,6 @@ class Store:
     def __init__(self, folder: Path, limits: Limits):
         self.folder, self.limits = folder.resolve(), limits
         self._lock = threading.Lock()
-        self._keep: set[Path] = set()
-
-    def keep_present(self) -> None:
-        """What lies here now, as the examples, stays as long as the page."""
-        self._keep = set(self.folder.iterdir())
 
     def new(self) -> Path:
         """An empty folder for a result."""
@@ -155,7 +150,7 @@ class Store:
             total = sum(size for _, size, _ in entries)
             for changed, size, entry in sorted(entries, key=lambda entry: entry[0]):
                 age = now - changed
-                if entry in self._keep or not (age > self.limits.keep_hours * 3600 or (total > most and age > IN_USE)):
+                if not (age > self.limits.keep_hours * 3600 or (total > most and age > IN_USE)):
                     continue
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
                 total -= size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gradio as gr
+from gradio.i18n import I18nData
 
 ENGLISH, CHINESE = "en", "zh-CN"  # gradio's own names for them
 LANGUAGES = (("English", ENGLISH), ("中文", CHINESE))
@@ -10,8 +11,8 @@ LANGUAGES = (("English", ENGLISH), ("中文", CHINESE))
 TEXTS = {
     # what stands on the page
     "intro": (
-        "A portrait and a voice become a video in which the portrait speaks.",
-        "一张肖像加一段语音，生成会说话的肖像视频。",
+        "# Sonic\nA portrait and a voice become a video in which the portrait speaks.",
+        "# Sonic\n一张肖像加一段语音，生成会说话的肖像视频。",
     ),
     "language": ("Language", "语言"),
     "tab_one": ("One video", "单个视频"),
@@ -37,7 +38,7 @@ TEXTS = {
     "intense": ("intense", "强烈"),
     "more": ("More", "更多设置"),
     "seed": ("Seed", "随机种子"),
-    "dice": ("🎲 New seed", "🎲 换一个种子"),
+    "dice": ("⚄ New seed", "⚄ 换一个种子"),
     "translation": ("Head motion, 0 to 127", "头部运动，0 到 127"),
     "expression": ("Expression, 0 to 127", "表情，0 到 127"),
     "automatic": ("empty: automatic", "留空：自动"),
@@ -47,7 +48,7 @@ TEXTS = {
     "shift": ("Shift offset", "窗口偏移"),
     "resolution": ("Resolution (short side, pixels)", "分辨率（短边像素）"),
     "frame_rate": ("Frames per second", "每秒帧数"),
-    "example": ("An example", "示例"),
+    "example": ("Try it with an example", "用示例试一试"),
     "animate": ("Animate", "生成视频"),
     "cancel": ("Cancel", "取消"),
     "video": ("Video", "视频"),
@@ -166,7 +167,15 @@ def duration(seconds: float, language: str = ENGLISH) -> str:
     return say("hours", language, number=seconds / 3600)
 
 
+PREFIX = "sonic_"  # gradio has texts of its own, under names as simple
+
+
 def translations() -> gr.I18n:
-    """The same for what stands on the page, for gradio to show in the browser's language."""
-    english, chinese = ({key: pair[which] for key, pair in TEXTS.items()} for which in (0, 1))
+    """The same for what stands on the page, for gradio to show in the browser's language; see `label`."""
+    english, chinese = ({PREFIX + key: pair[which] for key, pair in TEXTS.items()} for which in (0, 1))
     return gr.I18n(**{ENGLISH: english, CHINESE: chinese, "zh-TW": chinese})
+
+
+def label(key: str) -> I18nData:
+    """A text that the browser fills in."""
+    return I18nData(PREFIX + key)

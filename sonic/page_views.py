@@ -24,8 +24,14 @@ CSS = """
 #head { align-items: center; gap: 12px; }
 #head h1 { margin: 0; font-size: 1.7rem; line-height: 1.2; }
 #head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
-#language { min-width: 0 !important; flex: 0 0 auto; width: auto; border: none; background: none; padding: 0; }
-#language .wrap { flex-wrap: nowrap; justify-content: flex-end; }
+#language { min-width: 0 !important; flex: 0 0 auto !important; width: auto; border: none; background: none; padding: 0;
+            box-shadow: none; overflow: visible; }
+#language .wrap { flex-wrap: nowrap; justify-content: flex-end; gap: 6px; }
+#language label { padding: 6px 12px; }
+.html-container { padding: 0 !important; }
+#dice { align-self: end; }
+#history .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; padding-top: 28px; }
+#history .thumbnail-item, #history .thumbnail-lg { aspect-ratio: 1; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 14px 16px;
         background: var(--block-background-fill); display: flex; gap: 16px; align-items: center; min-height: 64px; }
 .card img { width: 112px; height: 112px; object-fit: cover; border-radius: 8px; flex: none; }

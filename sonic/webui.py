@@ -24,9 +24,9 @@ from starlette.middleware import Middleware
 from sonic.config import MOTION_SCALES, PageConfig, SonicConfig, UserError
 from sonic.page_actions import AUTO, HAND, Actions
 from sonic.page_guard import Guard
-from sonic.page_jobs import CHOICES, Workshop
+from sonic.page_jobs import BY_HAND, CHOICES, Workshop
 from sonic.page_limits import Limits, Store, accounts, is_open_to_strangers, resolve
-from sonic.page_text import ENGLISH, LANGUAGES, say, translations
+from sonic.page_text import ENGLISH, LANGUAGES, label, say, translations
 from sonic.page_views import CSS, FIRST_LANGUAGE, FONT, HEAD, MONO, ROLL, SWITCH_LANGUAGE, bad_card, quiet_card
 from sonic.pipeline import SonicPipeline
 from sonic.portrait import FULL
@@ -74,36 +74,32 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
     store.folder.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(pipeline, store.new)
     actions = Actions(workshop, store, limits)
-    text = translations()
     with gr.Blocks(title="Sonic", analytics_enabled=False) as blocks:
         with gr.Row(elem_id="head"):
-            gr.HTML("<h1>Sonic</h1>", min_width=80, scale=0)
-            gr.Markdown(text("intro"))
+            gr.Markdown(label("intro"))
             language = gr.Radio(
                 LANGUAGES,
                 value=ENGLISH,
-                label=text("language"),
+                label=label("language"),
                 show_label=False,
                 elem_id="language",
                 scale=0,
                 min_width=180,
             )
         with gr.Tabs():
-            with gr.Tab(text("tab_one")):
-                jobs = _one_video(actions, text, language)
-            with gr.Tab(text("tab_batch")):
-                jobs += _batch(actions, text, language, jobs.pop())
+            with gr.Tab(label("tab_one")):
+                jobs = _one_video(actions, language)
+            with gr.Tab(label("tab_batch")):
+                jobs += _batch(actions, language, jobs.pop())
         blocks.load(None, None, language, js=FIRST_LANGUAGE)
         language.input(None, language, None, js=SWITCH_LANGUAGE)
     # api_open: a plain POST would go past the queue.
     blocks.queue(max_size=limits.max_waiting + LOOKS_WAITING, api_open=False)
-    blocks.sonic_text = text
-    store.keep_present()
     names = {blocks.fns[number].api_name for number in jobs} - {False, None}
     return Page(blocks, workshop, store, limits, (set(jobs), names))
 
 
-def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
+def _one_video(actions: Actions, language: gr.Radio) -> list:
     """The first tab. Gives the numbers of its jobs among gradio's functions, and last the controls of a video's settings."""
     config, own = actions.workshop.pipeline.config, actions.workshop.pipeline.settings
     with gr.Row():
@@ -111,7 +107,7 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
             # The buttons are named because gradio's own choice has one that uploads to another site.
             with gr.Row():
                 portrait = gr.Image(
-                    label=text("portrait"),
+                    label=label("portrait"),
                     type="filepath",
                     sources=["upload", "webcam", "clipboard"],
                     buttons=["fullscreen"],
@@ -120,7 +116,7 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
                     elem_id="portrait",
                 )
                 view = gr.Image(
-                    label=text("face"),
+                    label=label("face"),
                     interactive=False,
                     visible=False,
                     buttons=[],
@@ -130,23 +126,23 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
                     elem_id="face",
                 )
             face_note = gr.HTML()
-            with gr.Accordion(text("face_mode"), open=False) as face_box:
+            with gr.Accordion(label("face_mode"), open=False) as face_box:
                 mode = gr.Radio(
-                    [(text("face_auto"), AUTO), (text("face_hand"), HAND), (text("face_full"), FULL)],
+                    [(label("face_auto"), AUTO), (label("face_hand"), HAND), (label("face_full"), FULL)],
                     value=AUTO,
-                    label=text("face_mode"),
+                    label=label("face_mode"),
                     show_label=False,
                 )
-                gr.Markdown(text("face_help"))
+                gr.Markdown(label("face_help"))
                 sliders = []
                 for pair in ((("left", 25), ("right", 75)), (("top", 25), ("bottom", 75))):
                     with gr.Row():
                         sliders += [
-                            gr.Slider(0, 100, value, step=0.5, label=text(key), min_width=120) for key, value in pair
+                            gr.Slider(0, 100, value, step=0.5, label=label(key), min_width=120) for key, value in pair
                         ]
                 left, right, top, bottom = sliders
             speech = gr.Audio(
-                label=text("speech"),
+                label=label("speech"),
                 type="filepath",
                 sources=["upload", "microphone"],
                 buttons=[],
@@ -155,29 +151,28 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
             speech_note = gr.HTML()
             # A dynamic scale on the command line stands in the motion's place.
             motion = gr.Radio(
-                [(text(name), name) for name in MOTION_SCALES],
+                [(label(name), name) for name in MOTION_SCALES],
                 value=config.motion,
-                label=text("motion"),
+                label=label("motion"),
                 visible=config.dynamic_scale is None,
                 elem_id="motion",
             )
-            with gr.Accordion(text("more"), open=False, elem_id="more"):
+            with gr.Accordion(label("more"), open=False, elem_id="more"):
                 with gr.Row():
                     seed = gr.Number(
-                        config.seed, label=text("seed"), precision=0, minimum=0, min_width=140, elem_id="seed"
+                        config.seed, label=label("seed"), precision=0, minimum=0, min_width=140, elem_id="seed"
                     )
-                    dice = gr.Button(text("dice"), min_width=140)
+                    dice = gr.Button(label("dice"), min_width=140, elem_id="dice")
                 with gr.Row():
                     buckets = [
-                        gr.Number(
-                            getattr(config, f"{key}_bucket"),
-                            label=text(key),
-                            placeholder=text("automatic"),
-                            minimum=0,
-                            maximum=127,
+                        gr.Textbox(
+                            _as_text(getattr(config, name)),
+                            label=label(CHOICES[name]),
+                            placeholder=label("automatic"),
+                            max_length=8,
                             min_width=140,
                         )
-                        for key in ("translation", "expression")
+                        for name in BY_HAND
                     ]
                 with gr.Row():
                     scales = [
@@ -186,7 +181,7 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
                             15,
                             _first(config, own, f"guidance_scale_{key}"),
                             step=0.1,
-                            label=text(f"guidance_{key}"),
+                            label=label(f"guidance_{key}"),
                             min_width=140,
                         )
                         for key in ("image", "audio")
@@ -198,36 +193,31 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
                         min(100, actions.limits.max_steps),
                         steps_now,
                         step=1,
-                        label=text("steps"),
+                        label=label("steps"),
                         min_width=140,
                         elem_id="steps",
                     )
                     shift = gr.Slider(
-                        0, 25, _first(config, own, "shift_offset"), step=1, label=text("shift"), min_width=140
+                        0, 25, _first(config, own, "shift_offset"), step=1, label=label("shift"), min_width=140
                     )
                 resolution = gr.Slider(
                     64,
                     max(128, min(1024, actions.limits.max_resolution)),
                     min(_first(config, own, "resolution"), actions.limits.max_resolution),
                     step=64,
-                    label=text("resolution"),
+                    label=label("resolution"),
                 )
-                load = gr.UploadButton(text("load_settings"), file_types=[".json", ".mp4"], size="sm")
-            if all(path.is_file() for path in EXAMPLE):
-                gr.Examples(
-                    [[str(path) for path in EXAMPLE]],
-                    [portrait, speech],
-                    cache_examples=False,
-                    label=text("example"),
-                    api_visibility="private",
-                )
+                load = gr.UploadButton(label("load_settings"), file_types=[".json", ".mp4"], size="sm")
+            example = gr.Button(
+                label("example"), size="sm", visible=all(path.is_file() for path in EXAMPLE), elem_id="example"
+            )
         with gr.Column():
-            button = gr.Button(text("animate"), variant="primary", elem_id="animate")
+            button = gr.Button(label("animate"), variant="primary", elem_id="animate")
             status = gr.HTML(quiet_card(say("idle")), elem_id="status")
-            cancel = gr.Button(text("cancel"), variant="stop", visible=False, elem_id="cancel")
+            cancel = gr.Button(label("cancel"), variant="stop", visible=False, elem_id="cancel")
             with gr.Column(visible=False) as result:
                 video = gr.Video(
-                    label=text("video"),
+                    label=label("video"),
                     format="mp4",
                     interactive=False,
                     autoplay=True,
@@ -236,20 +226,22 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
                     elem_id="video",
                 )
                 with gr.Row():
-                    get_video = gr.DownloadButton(text("download_video"), min_width=140, elem_id="get_video")
-                    get_settings = gr.DownloadButton(text("download_settings"), min_width=140, elem_id="get_settings")
-                with gr.Accordion(text("settings"), open=False):
+                    get_video = gr.DownloadButton(label("download_video"), min_width=140, elem_id="get_video")
+                    get_settings = gr.DownloadButton(label("download_settings"), min_width=140, elem_id="get_settings")
+                with gr.Accordion(label("settings"), open=False):
                     settings = gr.JSON(show_label=False)
-                compare = gr.Button(text("compare"), elem_id="compare")
+                compare = gr.Button(label("compare"), elem_id="compare")
                 compared = gr.HTML()
                 plot = gr.Image(
-                    label=text("plot"), interactive=False, visible=False, buttons=["fullscreen"], elem_id="plot"
+                    label=label("plot"), interactive=False, visible=False, buttons=["fullscreen"], elem_id="plot"
                 )
-                beside = gr.Video(label=text("side_by_side"), interactive=False, visible=False, buttons=[], height=360)
+                beside = gr.Video(label=label("side_by_side"), interactive=False, visible=False, buttons=[], height=360)
             gallery = gr.Gallery(
-                label=text("history"),
+                label=label("history"),
                 columns=4,
-                height=180,
+                fit_columns=False,
+                object_fit="cover",
+                height="auto",
                 allow_preview=False,
                 visible=False,
                 buttons=[],
@@ -272,6 +264,7 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
         changed(actions.listen, heard, speech_note, **quick)
     load.upload(actions.load_settings, [load, language], [*chosen, speech_note], **quick)
     dice.click(None, None, seed, js=ROLL)
+    example.click(lambda: [str(path) for path in EXAMPLE], None, [portrait, speech], **quick)
 
     # The video.
     def wait(language):
@@ -356,24 +349,28 @@ def _one_video(actions: Actions, text: gr.I18n, language: gr.Radio) -> list:
         api_name="animate",
         **job,
     )
-    return [run.fn_index if hasattr(run, "fn_index") else run["id"], called["id"], chosen]
+    return [run["id"], called["id"], chosen]
 
 
-def _batch(actions: Actions, text: gr.I18n, language: gr.Radio, chosen: list) -> list[int]:
+def _batch(actions: Actions, language: gr.Radio, chosen: list) -> list[int]:
     """The second tab. Gives the number of its job."""
-    gr.Markdown(text("batch_help"))
+    gr.Markdown(label("batch_help"))
     with gr.Row():
         portraits = gr.File(
-            label=text("portraits"), file_count="multiple", file_types=["image"], elem_id="portraits", height=200
+            label=label("portraits"), file_count="multiple", file_types=["image"], elem_id="portraits", height=200
         )
         speeches = gr.File(
-            label=text("speeches"), file_count="multiple", file_types=["audio", "video"], elem_id="speeches", height=200
+            label=label("speeches"),
+            file_count="multiple",
+            file_types=["audio", "video"],
+            elem_id="speeches",
+            height=200,
         )
     with gr.Row():
-        button = gr.Button(text("make_all"), variant="primary", elem_id="make_all")
-        cancel = gr.Button(text("cancel"), variant="stop", elem_id="cancel_batch")
+        button = gr.Button(label("make_all"), variant="primary", elem_id="make_all")
+        cancel = gr.Button(label("cancel"), variant="stop", elem_id="cancel_batch")
     table = gr.HTML(elem_id="table")
-    archive = gr.DownloadButton(text("zip"), visible=False, elem_id="zip")
+    archive = gr.DownloadButton(label("zip"), visible=False, elem_id="zip")
 
     def make_all(portraits, speeches, language, *chosen):
         """Every portrait with every voice."""
@@ -392,6 +389,10 @@ def _batch(actions: Actions, text: gr.I18n, language: gr.Radio, chosen: list) ->
     )
     cancel.click(None, None, None, cancels=[run])
     return [run["id"]]
+
+
+def _as_text(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
 
 
 def _first(config: SonicConfig, own, name: str):
@@ -434,7 +435,7 @@ def open_page(page: Page, share: bool = False, auth: list[tuple[str, str]] | Non
             theme=theme,
             css=CSS,
             head=HEAD,
-            i18n=page.blocks.sonic_text,
+            i18n=translations(),
             max_file_size=int(page.limits.max_upload_mb * 1e6),
             state_session_capacity=SESSIONS,
             app_kwargs={"middleware": [Middleware(Guard, store=page.store, is_full=page.is_full)]},
