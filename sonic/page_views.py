@@ -20,7 +20,8 @@ BOX, CORNER = "#22c55e", "#f97316"
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container > main, main.app { max-width: 1180px !important; width: 100%; margin: 0 auto !important; }
+footer .divider { display: none; }
 #head { align-items: center; gap: 12px; }
 #head h1 { margin: 0; font-size: 1.7rem; line-height: 1.2; }
 #head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
@@ -74,7 +75,7 @@ SWITCH_LANGUAGE = f"""async (language) => {{
   const core = files.find((name) => /\\/core-[^/]*\\.js$/.test(name));
   if (core) (await import(core)).changeLocale(language); else location.reload();
   document.documentElement.lang = language;
-  return [];
+  return [language];
 }}"""
 ROLL = "() => Math.floor(Math.random() * 1000000)"
 

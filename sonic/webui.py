@@ -17,6 +17,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -27,7 +28,7 @@ from sonic.page_guard import Guard
 from sonic.page_jobs import BY_HAND, CHOICES, Workshop
 from sonic.page_limits import Limits, Store, accounts, is_open_to_strangers, resolve
 from sonic.page_text import ENGLISH, LANGUAGES, label, say, translations
-from sonic.page_views import CSS, FIRST_LANGUAGE, FONT, HEAD, MONO, ROLL, SWITCH_LANGUAGE, bad_card, quiet_card
+from sonic.page_views import CSS, FIRST_LANGUAGE, FONT, HEAD, MONO, ROLL, SWITCH_LANGUAGE, quiet_card
 from sonic.pipeline import SonicPipeline
 from sonic.portrait import FULL
 from sonic.weights import ROOT
@@ -38,6 +39,15 @@ JOBS, LOOKS, MEASURES = (
     "measures",
 )  # gradio's queues: the pipeline's, that for quick answers, for comparisons
 LOOKS_AT_ONCE, LOOKS_WAITING = 4, 60
+# gradio would open pictures and sounds itself and answer a broken one with a bare "Error": hence no preprocess.
+QUICK = {
+    "preprocess": False,
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "concurrency_id": LOOKS,
+    "concurrency_limit": LOOKS_AT_ONCE,
+}
+JOB = {"preprocess": False, "concurrency_id": JOBS, "concurrency_limit": 1}
 SESSIONS = 500  # visitors whose history is remembered; the one who was away longest is forgotten first
 CLEAN_EVERY = 60  # seconds
 EXAMPLE = (ROOT / "examples/portrait.jpg", ROOT / "examples/audio.wav")
@@ -87,23 +97,42 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
                 min_width=180,
             )
         with gr.Tabs():
-            with gr.Tab(label("tab_one")):
-                jobs = _one_video(actions, language)
-            with gr.Tab(label("tab_batch")):
-                jobs += _batch(actions, language, jobs.pop())
-        blocks.load(None, None, language, js=FIRST_LANGUAGE)
-        language.input(None, language, None, js=SWITCH_LANGUAGE)
+            with gr.Tab(label("tab_one")) as one:
+                first = _one_video(actions, language)
+            with gr.Tab(label("tab_batch")) as batch:
+                jobs = [*first.jobs, *_batch(actions, language, first.chosen)]
+        found = blocks.load(None, None, language, js=FIRST_LANGUAGE)
+        found.then(lambda chosen: quiet_card(say("idle", chosen)), language, first.status, **QUICK)
+        # What the browser cannot translate by itself: the names of tabs, which it knows by the names they had.
+        language.input(
+            lambda chosen: [gr.update(label=say(key, chosen)) for key in ("tab_one", "tab_batch")],
+            language,
+            [one, batch],
+            js=SWITCH_LANGUAGE,
+            **QUICK,
+        )
     # api_open: a plain POST would go past the queue.
     blocks.queue(max_size=limits.max_waiting + LOOKS_WAITING, api_open=False)
     names = {blocks.fns[number].api_name for number in jobs} - {False, None}
     return Page(blocks, workshop, store, limits, (set(jobs), names))
 
 
-def _one_video(actions: Actions, language: gr.Radio) -> list:
-    """The first tab. Gives the numbers of its jobs among gradio's functions, and last the controls of a video's settings."""
+class Tab(NamedTuple):
+    """The first tab: its jobs' numbers among gradio's functions, the controls of a video's settings, the card."""
+
+    jobs: list[int]
+    chosen: list
+    status: gr.HTML
+
+
+def _one_video(actions: Actions, language: gr.Radio) -> Tab:
+    """The first tab."""
     config, own = actions.workshop.pipeline.config, actions.workshop.pipeline.settings
     with gr.Row():
         with gr.Column():
+            example = gr.Button(
+                label("example"), size="sm", visible=all(path.is_file() for path in EXAMPLE), elem_id="example"
+            )
             # The buttons are named because gradio's own choice has one that uploads to another site.
             with gr.Row():
                 portrait = gr.Image(
@@ -112,7 +141,7 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
                     sources=["upload", "webcam", "clipboard"],
                     buttons=["fullscreen"],
                     height=300,
-                    min_width=220,
+                    min_width=150,
                     elem_id="portrait",
                 )
                 view = gr.Image(
@@ -121,7 +150,7 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
                     visible=False,
                     buttons=[],
                     height=300,
-                    min_width=220,
+                    min_width=150,
                     format="jpeg",
                     elem_id="face",
                 )
@@ -208,9 +237,6 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
                     label=label("resolution"),
                 )
                 load = gr.UploadButton(label("load_settings"), file_types=[".json", ".mp4"], size="sm")
-            example = gr.Button(
-                label("example"), size="sm", visible=all(path.is_file() for path in EXAMPLE), elem_id="example"
-            )
         with gr.Column():
             button = gr.Button(label("animate"), variant="primary", elem_id="animate")
             status = gr.HTML(quiet_card(say("idle")), elem_id="status")
@@ -241,7 +267,7 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
                 columns=4,
                 fit_columns=False,
                 object_fit="cover",
-                height="auto",
+                height=190,
                 allow_preview=False,
                 visible=False,
                 buttons=[],
@@ -251,20 +277,18 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
     chosen = [motion, seed, *buckets, *scales, steps, shift, resolution]  # in the order of CHOICES
     face = [mode, left, top, right, bottom]
 
-    # Quick answers. gradio would open pictures and sounds itself and answer a broken one with a bare "Error": preprocess=False.
-    quick = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden", "concurrency_id": LOOKS}
-    quick["concurrency_limit"] = LOOKS_AT_ONCE
     seen = [view, face_note, *face, face_box]
-    portrait.change(_starting_anew(actions.look), [portrait, *face, language], [*seen, corner], **quick)
+    portrait.change(_starting_anew(actions.look), [portrait, *face, language], [*seen, corner], **QUICK)
+    language.input(_as_drawn(actions.look, False), [portrait, *face, language], seen, **QUICK)
     for changed in (mode.input, *(slider.release for slider in sliders)):
-        changed(_as_drawn(actions.look, changed is not mode.input), [portrait, *face, language], seen, **quick)
-    view.select(actions.click, [portrait, corner, language], [*seen, corner], **quick)
+        changed(_as_drawn(actions.look, changed is not mode.input), [portrait, *face, language], seen, **QUICK)
+    view.select(actions.click, [portrait, corner, language], [*seen, corner], **QUICK)
     heard = [speech, steps, shift, resolution, language]
-    for changed in (speech.change, steps.release, resolution.release):
-        changed(actions.listen, heard, speech_note, **quick)
-    load.upload(actions.load_settings, [load, language], [*chosen, speech_note], **quick)
+    for changed in (speech.change, steps.release, resolution.release, language.input):
+        changed(actions.listen, heard, speech_note, **QUICK)
+    load.upload(actions.load_settings, [load, language], [*chosen, speech_note], **QUICK)
     dice.click(None, None, seed, js=ROLL)
-    example.click(lambda: [str(path) for path in EXAMPLE], None, [portrait, speech], **quick)
+    example.click(lambda: [str(path) for path in EXAMPLE], None, [portrait, speech], **QUICK)
 
     # The video.
     def wait(language):
@@ -274,7 +298,7 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
         return gr.update(visible=False), gr.update(interactive=True)
 
     def stop(language):
-        return bad_card(say("cancelled", language)), *ready()
+        return quiet_card(say("cancelled", language)), *ready()
 
     def animate(portrait, speech, mode, left, top, right, bottom, language, history, *chosen):
         """Makes the portrait speak, and tells how far it is."""
@@ -288,8 +312,7 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
         )
 
     made = [video, get_video, get_settings, settings, result]
-    begun = button.click(wait, language, [status, cancel, button], **quick)
-    job = {"preprocess": False, "concurrency_id": JOBS, "concurrency_limit": 1}
+    begun = button.click(wait, language, [status, cancel, button], **QUICK)
     run = begun.then(
         animate,
         [portrait, speech, *face, language, history, *chosen],
@@ -297,11 +320,11 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
         api_visibility="private",
         show_progress="minimal",
         show_progress_on=status,
-        **job,
+        **JOB,
     )
-    run.then(ready, None, [cancel, button], **quick)
-    cancel.click(stop, language, [status, cancel, button], cancels=[run], **quick)
-    gallery.select(actions.show_again, history, [*made, last], **quick)
+    run.then(ready, None, [cancel, button], **QUICK)
+    cancel.click(stop, language, [status, cancel, button], cancels=[run], **QUICK)
+    gallery.select(actions.show_again, history, [*made, last], **QUICK)
     compare.click(
         actions.compare,
         [last, language],
@@ -347,9 +370,9 @@ def _one_video(actions: Actions, language: gr.Radio) -> list:
         [portrait, speech, *chosen, *face, language],
         [gr.Video(visible=False, label="video", format="mp4"), said],
         api_name="animate",
-        **job,
+        **JOB,
     )
-    return [run["id"], called["id"], chosen]
+    return Tab([run["id"], called["id"]], chosen, status)
 
 
 def _batch(actions: Actions, language: gr.Radio, chosen: list) -> list[int]:
@@ -380,12 +403,10 @@ def _batch(actions: Actions, language: gr.Radio, chosen: list) -> list[int]:
         make_all,
         [portraits, speeches, language, *chosen],
         [table, archive],
-        preprocess=False,
         api_visibility="private",
         show_progress="minimal",
         show_progress_on=table,
-        concurrency_id=JOBS,
-        concurrency_limit=1,
+        **JOB,
     )
     cancel.click(None, None, None, cancels=[run])
     return [run["id"]]
