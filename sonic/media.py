@@ -25,7 +25,7 @@ MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; what recorders know. From 1 Hz, a sec
 MAX_CHANNELS, MAX_STRANGE_RATE = 8, 192_000  # of a stranger's sound: eight channels of a second take 6 MB
 # What FFmpeg may take a stranger's file for: containers of sound. A playlist or a script would have it open other files.
 CONTAINERS = "wav,w64,mp3,flac,ogg,aac,mov,matroska,webm,aiff,caf,amr,asf,avi,mpeg,mpegts"
-PICTURES = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow would hand others, as EPS, to other programs
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow would hand others, as EPS, to other programs
 MIN_IMAGE_SIDE = 64  # pixels; one latent cell of the coarsest UNet level
 MAX_CODER_PADDING = 4096  # samples; the longest block of the common coders
 TIME_TOLERANCE = Fraction(1, 1000)  # seconds; Matroska and WebM round time stamps to a millisecond
