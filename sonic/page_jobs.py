@@ -133,7 +133,7 @@ class Job:
         self.check()
         self.stage, self.progress = progress.stage, progress
         self._first = self._first or time.monotonic()
-        if progress.stage == "denoising" and time.monotonic() - self._shown > SHOWN_EVERY:
+        if progress.preview is not None and time.monotonic() - self._shown > SHOWN_EVERY:
             picture = progress.preview()
             if picture is not None:
                 self.picture = picture

@@ -51,7 +51,7 @@ class Progress:
     done: int
     total: int
     seconds_left: float | None = None
-    preview: Callable[[], np.ndarray | None] = lambda: None
+    preview: Callable[[], np.ndarray | None] | None = None
 
 
 OnProgress = Callable[[Progress], None]
