@@ -223,6 +223,10 @@ BAD_ARGUMENTS = {
 }
 
 
+# What may turn out to be sound after all: a changed byte may hurt nothing, a face in a strip is cut out of it.
+HARMLESS = r"broken|strip|claims|language|resolution None"
+
+
 def told_nothing(server: Server, text: str) -> bool:
     """No path and no traceback in what a visitor reads."""
     return not any(word in text for word in (str(server.temporary), str(ROOT), "Traceback", ".py", "root:"))
@@ -231,24 +235,22 @@ def told_nothing(server: Server, text: str) -> bool:
 def test_malformed_uploads_and_requests_end_in_a_sentence(server, good):
     portrait, speech = good
     assert server.animate(*good)[0] == "complete", server.log.read_text()[-3000:]
-    tried, refused = 0, 0
-    for name, content in bad_pictures().items():
-        kind, data = server.animate(server.upload(content, name), speech)
-        tried, refused = tried + 1, refused + (kind == "error")
-        assert told_nothing(server, data) or kind == "complete", (name, data)
-        assert kind == "error" or name.startswith(("broken", "strip")), name
-    for name, content in bad_sounds().items():
-        kind, data = server.animate(portrait, server.upload(content, name))
-        tried, refused = tried + 1, refused + (kind == "error")
-        assert told_nothing(server, data) or kind == "complete", (name, data)
-        assert kind == "error" or name.startswith("broken") or name == "claims.wav", name
+    jobs = [
+        (name, lambda c=c, n=name: server.animate(server.upload(c, n), speech)) for name, c in bad_pictures().items()
+    ]
+    jobs += [
+        (name, lambda c=c, n=name: server.animate(portrait, server.upload(c, n))) for name, c in bad_sounds().items()
+    ]
     for argument, values in BAD_ARGUMENTS.items():
         for value in values:
-            hand = {"face": "hand"} if argument == "left" else {}
-            kind, data = server.animate(*good, **hand, **{argument: value})
-            tried, refused = tried + 1, refused + (kind == "error")
-            harmless = argument == "language" or (argument == "resolution" and value is None)
-            assert told_nothing(server, data) and (kind == "error" or harmless), (argument, value, data)
+            changed = ({"face": "hand"} if argument == "left" else {}) | {argument: value}
+            jobs.append((f"{argument} {value!r:.20}", lambda changed=changed: server.animate(*good, **changed)))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda job: job[1](), jobs))
+    for (name, _), (kind, data) in zip(jobs, answers, strict=True):
+        assert kind == "error" or re.match(HARMLESS, name), (name, data)
+        assert kind == "complete" or told_nothing(server, data), (name, data)
+    tried, refused = len(jobs), sum(kind == "error" for kind, _ in answers)
     paths = [
         "/etc/passwd",
         "../../etc/passwd",
@@ -373,7 +375,7 @@ def crowd(server, good) -> list[str]:
 
     def visit(number: int) -> str:
         portrait = server.upload(picture(size=(80 + number, 72)), "portrait.png")
-        answer = server.begin(portrait, good[1], seed=number, steps=40 if number % 2 else 2)
+        answer = server.begin(portrait, good[1], seed=number, steps=30 if number % 2 else 1)
         if answer.status_code == 503:
             return "full"
         event = answer.json()["event_id"]
@@ -390,8 +392,7 @@ def crowd(server, good) -> list[str]:
 
 
 def test_twenty_visitors_leave_nothing_behind(server, good):
-    for _ in range(2):  # until what is made once has been made
-        crowd(server, good)
+    crowd(server, good)  # until what is made once has been made
     assert server.animate(*good)[0] == "complete"
     before = server.memory()
     ends = crowd(server, good)
@@ -405,9 +406,10 @@ def test_twenty_visitors_leave_nothing_behind(server, good):
 
 def test_the_page_goes_without_a_trace(server):
     """The last test of this file: no incident that ended in the log, no file that stays."""
-    assert [entry.name for entry in server.temporary.iterdir() if not entry.name.startswith("sonic-page-")] == []
+    others = [entry for entry in server.temporary.rglob("*") if entry.is_file() and "sonic-page-" not in str(entry)]
+    assert others == []
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 0
     log = server.log.read_text()
-    assert list(server.temporary.iterdir()) == []
+    assert [entry for entry in server.temporary.rglob("*") if entry.is_file()] == []
     assert "closing the page" in log and "incident" not in log, log[-4000:]
