@@ -58,23 +58,25 @@ footer .divider { display: none; }
 }
 """
 
-# A choice of language is kept in the browser, and holds before gradio asks for the browser's own.
-LANGUAGE_KEY = "sonic-language"
-HEAD = f"""<meta name="viewport" content="width=device-width, initial-scale=1">
-<script>
-try {{
-  const chosen = localStorage.getItem("{LANGUAGE_KEY}");
-  if (chosen) Object.defineProperty(navigator, "language", {{get: () => chosen}});
-}} catch (error) {{}}
-</script>"""
-FIRST_LANGUAGE = """() => (navigator.language || "en").toLowerCase().startsWith("zh") ? "zh-CN" : "en\""""
 # gradio has a function that changes the language of a page that is open, in a file whose name ends in a hash.
+_SPEAK = """const speak = async (language) => {
+    const files = performance.getEntriesByType("resource").map((entry) => entry.name);
+    const core = files.find((name) => /\\/core-[^/]*\\.js$/.test(name));
+    if (core) (await import(core)).changeLocale(language);
+    document.documentElement.lang = language;
+  };"""
+# A choice is kept in the browser; without one, the browser's own language holds, as gradio does it by itself.
+FIRST_LANGUAGE = f"""async () => {{
+  {_SPEAK}
+  let chosen = null;
+  try {{ chosen = localStorage.getItem("sonic-language"); }} catch (error) {{}}
+  if (chosen) await speak(chosen);
+  return chosen || ((navigator.language || "en").toLowerCase().startsWith("zh") ? "zh-CN" : "en");
+}}"""
 SWITCH_LANGUAGE = f"""async (language) => {{
-  try {{ localStorage.setItem("{LANGUAGE_KEY}", language); }} catch (error) {{}}
-  const files = performance.getEntriesByType("resource").map((entry) => entry.name);
-  const core = files.find((name) => /\\/core-[^/]*\\.js$/.test(name));
-  if (core) (await import(core)).changeLocale(language); else location.reload();
-  document.documentElement.lang = language;
+  {_SPEAK}
+  try {{ localStorage.setItem("sonic-language", language); }} catch (error) {{}}
+  await speak(language);
   return [language];
 }}"""
 ROLL = "() => Math.floor(Math.random() * 1000000)"

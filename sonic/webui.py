@@ -28,7 +28,7 @@ from sonic.page_jobs import Workshop
 from sonic.page_layout import JOBS, LOOKS_WAITING, QUICK, batch_tab, one_video
 from sonic.page_limits import Limits, Store, accounts, is_open_to_strangers, resolve
 from sonic.page_text import ENGLISH, LANGUAGES, label, say, translations
-from sonic.page_views import CSS, FIRST_LANGUAGE, FONT, HEAD, MONO, SWITCH_LANGUAGE, quiet_card
+from sonic.page_views import CSS, FIRST_LANGUAGE, FONT, MONO, SWITCH_LANGUAGE, quiet_card
 from sonic.pipeline import SonicPipeline
 
 SESSIONS = 500  # visitors whose history is remembered; the one who was away longest is forgotten first
@@ -85,19 +85,22 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
             with gr.Tab(label("tab_batch")) as batch:
                 jobs = [*first.jobs, *batch_tab(actions, language, first.chosen)]
         found = blocks.load(None, None, language, js=FIRST_LANGUAGE)
-        found.then(lambda chosen: quiet_card(say("idle", chosen)), language, first.status, **QUICK)
         # What the browser cannot translate by itself: the names of tabs, which it knows by the names they had.
-        language.input(
-            lambda chosen: [gr.update(label=say(key, chosen)) for key in ("tab_one", "tab_batch")],
+        found.then(
+            lambda chosen: [quiet_card(say("idle", chosen)), *_tab_names(chosen)],
             language,
-            [one, batch],
-            js=SWITCH_LANGUAGE,
+            [first.status, one, batch],
             **QUICK,
         )
+        language.input(_tab_names, language, [one, batch], js=SWITCH_LANGUAGE, **QUICK)
     # api_open: a plain POST would go past the queue.
     blocks.queue(max_size=limits.max_waiting + LOOKS_WAITING, api_open=False)
     names = {blocks.fns[number].api_name for number in jobs} - {False, None}
     return Page(blocks, workshop, store, limits, (set(jobs), names))
+
+
+def _tab_names(language: str) -> list:
+    return [gr.update(label=say(key, language)) for key in ("tab_one", "tab_batch")]
 
 
 def open_page(page: Page, share: bool = False, auth: list[tuple[str, str]] | None = None) -> tuple[str, str | None]:
@@ -113,7 +116,6 @@ def open_page(page: Page, share: bool = False, auth: list[tuple[str, str]] | Non
             quiet=True,
             theme=theme,
             css=CSS,
-            head=HEAD,
             i18n=translations(),
             max_file_size=int(page.limits.max_upload_mb * 1e6),
             state_session_capacity=SESSIONS,

@@ -26,14 +26,8 @@ if CHROMIUM is None:
 
 PORTRAIT, SPEECH = ROOT / "examples/portrait.jpg", ROOT / "examples/audio.wav"
 SWITCHES = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 DESKTOP, PHONE = {"width": 1180, "height": 860}, {"width": 390, "height": 844}
 SECONDS = 0.8  # of the speech that is spoken here

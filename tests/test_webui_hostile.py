@@ -3,6 +3,7 @@
 The server is a process of its own, as people run it, so that its memory and its files can be looked at from outside.
 """
 
+import contextlib
 import io
 import os
 import random
@@ -170,7 +171,7 @@ def bad_pictures() -> dict[str, bytes]:
         "loop.tif": b"II*\x00\x08\x00\x00\x00" + struct.pack("<H", 1) + bytes(12) + struct.pack("<I", 8),
     }
     for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
-        files |= {f"broken_{n}.{format.lower()}": broken(picture(format), n) for n in range(10)}
+        files |= {f"broken_{n}.{format.lower()}": broken(picture(format), n) for n in range(7)}
     return files
 
 
@@ -197,7 +198,7 @@ def bad_sounds() -> dict[str, bytes]:
         "nan.wav": _nan_wav(),
     }
     for format, name in (("WAV", "wav"), ("FLAC", "flac"), ("OGG", "ogg"), ("MP3", "mp3"), ("AIFF", "aiff")):
-        files |= {f"broken_{n}.{name}": broken(sound(format=format), n) for n in range(8)}
+        files |= {f"broken_{n}.{name}": broken(sound(format=format), n) for n in range(6)}
     return files
 
 
@@ -307,8 +308,10 @@ def test_odd_requests_are_answered(server, good):
         for route in ("call/animate", "queue/join", "cancel"):
             answer = http.post(f"/gradio_api/{route}", content=body, headers={"content-type": "application/json"})
             assert 400 <= answer.status_code < 500 and told_nothing(server, answer.text), (route, body[:20])
-    assert http.post("/gradio_api/call/animate", json={"data": ["x" * 2_000_000]}).status_code == 413
-    assert http.post("/gradio_api/upload", files={"files": ("a.png", bytes(7_000_000))}).status_code == 413
+    with contextlib.suppress(httpx.TransportError):  # refused before all of it was sent
+        assert http.post("/gradio_api/call/animate", json={"data": ["x" * 2_000_000]}).status_code == 413
+    with contextlib.suppress(httpx.TransportError):  # refused before all of it was sent
+        assert http.post("/gradio_api/upload", files={"files": ("a.png", bytes(7_000_000))}).status_code == 413
     assert http.post("/gradio_api/upload", files={"files": ("a.png", bytes(1_500_000))}).status_code == 413
     assert http.post("/gradio_api/upload", content=(part for part in (b"a", b"b"))).status_code == 411
     for route in (
