@@ -49,10 +49,10 @@ FILES = [
 
 
 class Guard:
-    """ASGI middleware. `jobs(body, path)` tells whether a request asks for a job that no more may wait for."""
+    """ASGI middleware. `refuse(body, path)` gives the status and the sentence for what must not be asked for now."""
 
-    def __init__(self, app, store: Store, is_full: Callable[[dict, str], bool]):
-        self.app, self.store, self.is_full = app, store, is_full
+    def __init__(self, app, store: Store, refuse: Callable[[dict, str], tuple[int, str] | None]):
+        self.app, self.store, self.refuse = app, store, refuse
         self._logins: deque[float] = deque()
 
     async def __call__(self, scope, receive, send) -> None:
@@ -117,8 +117,9 @@ class Guard:
         if not good:
             await _answer(send, 400, "The request cannot be understood.")
             return None
-        if self.is_full(data, path):
-            await _answer(send, 503, "Too many jobs are waiting: try again later.")
+        refusal = self.refuse(data, path)
+        if refusal:
+            await _answer(send, *refusal)
             return None
         return _once(message, receive)
 
@@ -175,6 +176,8 @@ def _once(message: dict, receive):
 
 async def _answer(send, status: int, sentence: str) -> None:
     body = json.dumps({"detail": sentence}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *ALWAYS]
+    # The body may be unread: nothing else can be asked for on this connection.
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *ALWAYS]
+    headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -45,15 +45,24 @@ class Page:
     limits: Limits
     jobs: tuple[set[int], set[str]]  # the jobs among gradio's functions, by number and by name
 
-    def is_full(self, body: dict, path: str) -> bool:
-        """Whether a request asks for a job that no more may wait for."""
+    def refuse(self, body: dict, path: str) -> tuple[int, str] | None:
+        """The answer to a request for a function that there is none of, or for a job that no more may wait for."""
         numbers, names = self.jobs
         if path.endswith("/queue/join"):
-            wanted = str(body.get("fn_index")) in map(str, numbers)  # gradio takes "3" for 3
+            number = body.get("fn_index")
+            if type(number) is not int or number not in self.blocks.fns:
+                return 400, "There is no such function."
+            is_job = number in numbers
+        elif "/call/" in path:
+            is_job = path.rstrip("/").rsplit("/", 1)[-1] in names
+            if not is_job:
+                return 404, "There is no such function."
         else:
-            wanted = "/call/" in path and path.rstrip("/").rsplit("/", 1)[-1] in names
+            return None
         queue = self.blocks._queue.event_queue_per_concurrency_id.get(JOBS)
-        return wanted and queue is not None and len(queue.queue) >= self.limits.max_waiting
+        if is_job and queue is not None and len(queue.queue) >= self.limits.max_waiting:
+            return 503, "Too many jobs are waiting: try again later."
+        return None
 
     def close(self) -> None:
         self.workshop.close()
@@ -95,7 +104,7 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
         language.input(_tab_names, language, [one, batch], js=SWITCH_LANGUAGE, **QUICK)
     # api_open: a plain POST would go past the queue.
     blocks.queue(max_size=limits.max_waiting + LOOKS_WAITING, api_open=False)
-    names = {blocks.fns[number].api_name for number in jobs} - {False, None}
+    names = {blocks.fns[number].api_name for number in jobs if blocks.fns[number].api_visibility == "public"}
     return Page(blocks, workshop, store, limits, (set(jobs), names))
 
 
@@ -119,7 +128,7 @@ def open_page(page: Page, share: bool = False, auth: list[tuple[str, str]] | Non
             i18n=translations(),
             max_file_size=int(page.limits.max_upload_mb * 1e6),
             state_session_capacity=SESSIONS,
-            app_kwargs={"middleware": [Middleware(Guard, store=page.store, is_full=page.is_full)]},
+            app_kwargs={"middleware": [Middleware(Guard, store=page.store, refuse=page.refuse)]},
             footer_links=["api"],
             show_error=False,  # what is no gr.Error goes to the terminal, not to the visitor
             enable_monitoring=False,
