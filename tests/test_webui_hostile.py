@@ -55,7 +55,9 @@ class Server:
         limits = f"--max_audio_seconds {MAX_SECONDS} --max_image_megapixels {MAX_MEGAPIXELS} --max_upload_mb {MAX_MB}"
         command = [sys.executable, "sonic_demo.py", "--gradio", "--checkpoint", str(checkpoint), "--device", "cpu"]
         command += [*limits.split(), "--max_waiting", str(VISITORS)]
-        environment = {**os.environ, "TMPDIR": str(self.temporary), "GRADIO_SERVER_PORT": str(port)}
+        tuned = ("MALLOC_", "GLIBC_TUNABLES")  # memory is measured as everybody has it
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(tuned)}
+        environment |= {"TMPDIR": str(self.temporary), "GRADIO_SERVER_PORT": str(port)}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
@@ -397,7 +399,8 @@ def crowd(server, good) -> list[str]:
 
 
 def test_twenty_visitors_leave_nothing_behind(server, good):
-    crowd(server, good)  # until what is made once has been made
+    for _ in range(2):  # until what is made once has been made
+        crowd(server, good)
     assert server.animate(*good)[0] == "complete"
     before = server.memory()
     ends = crowd(server, good)
