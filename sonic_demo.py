@@ -22,6 +22,7 @@ Exit codes: 0 all made; 1 some clips of a batch failed, or --doctor found what i
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonic.config import MODEL, MOTION, PICTURE, SAMPLING, SPEED, SonicConfig, UserError
+from sonic.config import MODEL, MOTION, PICTURE, SAMPLING, SPEED, PageConfig, SonicConfig, UserError
 from sonic.flags import Parser, config_from, json_result, run
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -72,6 +73,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         "--doctor", action="store_true", help="check packages, weights, device, codecs, and animate ten frames"
     )
     parser.add_config(SonicConfig)
+    parser.add_config(PageConfig)
     return parser.parse_args(arguments)
 
 
@@ -96,7 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("--gradio is served by one process: start it without accelerate launch")
         from sonic.webui import serve  # a machine that only animates needs no gradio
 
-        return serve(config, share=flags.share)
+        return serve(config, flags.share, config_from(PageConfig, flags))
+    for field in dataclasses.fields(PageConfig):
+        if getattr(flags, field.name) is not None:
+            raise UserError(f"--{field.name} is for the web page: use it with --gradio")
     main_process = int(os.environ.get("RANK", 0)) == 0  # of those that accelerate started
     with json_result(flags.json and main_process) as result:
         if flags.doctor:

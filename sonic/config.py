@@ -244,6 +244,7 @@ MODEL, MOTION = "model", "motion"
 SAMPLING = "guidance and sampling (default: the checkpoint's own)"
 PICTURE = "picture (default: the checkpoint's own)"
 SPEED = "speed and memory"
+PAGE = "the web page (--gradio)"
 
 
 @dataclass(frozen=True)
@@ -349,6 +350,42 @@ class SonicConfig(Checked):
             raise UserError(
                 "compile goes with whole weights on the device: leave --offload and --quantize away, or --compile"
             )
+
+
+_SOME = number(float, above=0)
+
+
+@dataclass(frozen=True)
+class PageConfig(Checked):
+    """Who may use the web page, and for how much. What is None is wide, or strict with --share and without --auth."""
+
+    auth: str | None = flag(
+        None,
+        "who may use the page: a file with lines USER:PASSWORD, or one such pair (which others on this machine can see)",
+        group=PAGE,
+        secret=True,
+    )
+    max_upload_mb: float | None = flag(
+        None, "largest file that is taken, in MB (default: 200; 20 with --share and without --auth)", _SOME
+    )
+    max_audio_seconds: float | None = flag(
+        None, "longest speech that is taken, in seconds (default: 600; 30 with --share and without --auth)", _SOME
+    )
+    max_image_megapixels: float | None = flag(
+        None, "largest portrait that is taken, in megapixels (default: 50; 16 with --share and without --auth)", _SOME
+    )
+    max_waiting: int | None = flag(
+        None,
+        "jobs that may wait; who comes later is told so (default: 20; 8 with --share and without --auth)",
+        POSITIVE,
+    )
+    max_batch: int | None = flag(None, "videos of one batch (default: 50; 4 with --share and without --auth)", POSITIVE)
+    max_stored_gb: float | None = flag(
+        None, "uploads and results kept on disk, in GB (default: 10; 2 with --share and without --auth)", _SOME
+    )
+    keep_hours: float | None = flag(
+        None, "hours that they are kept (default: 24; 2 with --share and without --auth)", _SOME
+    )
 
 
 TRACKERS = ("none", "wandb", "tensorboard")

@@ -69,12 +69,13 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def flag(default: Any, help: str, check: Callable = str, group: str | None = None) -> Any:
+def flag(default: Any, help: str, check: Callable = str, group: str | None = None, secret: bool = False) -> Any:
     """A dataclass field that is also a command-line flag. A default of False makes a switch, None means: not given.
 
-    `group` is the heading of --help under which the flag stands; without it, that of the flag above.
+    `group` is the heading of --help under which the flag stands; without it, that of the flag above. A `secret`
+    is not written down by --save_config.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "check": check, "group": group})
+    return dataclasses.field(default=default, metadata={"help": help, "check": check, "group": group, "secret": secret})
 
 
 class Checked:
@@ -164,6 +165,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, add_help=False)
         self.register("action", "store_true", _Switch)
         self._read_other = read_other
+        self._secrets: set[str] = set()
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (--help lists all flags)", file=sys.stderr)
@@ -179,6 +181,7 @@ class Parser(argparse.ArgumentParser):
     def add_config(self, config: type, only_given: bool = False) -> None:
         """One flag for each field of a dataclass made of `flag`s. `only_given` leaves the others out of what is parsed."""
         title = "settings"
+        self._secrets |= {field.name for field in dataclasses.fields(config) if field.metadata["secret"]}
         for field in dataclasses.fields(config):
             title = field.metadata["group"] or title
             name, help, check = f"--{field.name}", field.metadata["help"].replace("%", "%%"), field.metadata["check"]
@@ -264,12 +267,17 @@ class Parser(argparse.ArgumentParser):
 
     def _save(self, flags: argparse.Namespace, path: Path) -> None:
         """Writes what has been given or has a default, under the headings of --help."""
-        lines, savable = [f"# {self.prog} --config {path.name}"], self._flags()
+        lines, savable = (
+            [f"# {self.prog} --config {path.name}"],
+            {name: action for name, action in self._flags().items() if name not in self._secrets},
+        )
         for group in self._action_groups:
             values = {
                 action.dest: getattr(flags, action.dest)
                 for action in group._group_actions
-                if action.dest in savable and getattr(flags, action.dest, None) not in (None, "")
+                if action.dest in savable
+                and action.dest not in self._secrets
+                and getattr(flags, action.dest, None) not in (None, "")
             }
             if values:
                 lines.append(f"\n# {group.title}")

@@ -23,6 +23,10 @@ from sonic.config import SAMPLE_RATE, TICK_RATE, UserError
 
 MIN_AUDIO_SECONDS = 0.2  # less than one short context window of SPEC section 2
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; what recorders know. From 1 Hz, a second would be resampled to hours
+MAX_CHANNELS, MAX_STRANGE_RATE = 8, 192_000  # of a stranger's sound: eight channels of a second take 6 MB
+# What FFmpeg may take a stranger's file for: containers of sound. A playlist or a script would have it open other files.
+CONTAINERS = "wav,w64,mp3,flac,ogg,aac,mov,matroska,webm,aiff,caf,amr,asf,avi,mpeg,mpegts"
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow would hand others, as EPS, to other programs
 MIN_IMAGE_SIDE = 64  # pixels; one latent cell of the coarsest UNet level
 MAX_CODER_PADDING = 4096  # samples; the longest block of the common coders
 TIME_TOLERANCE = Fraction(1, 1000)  # seconds; Matroska and WebM round time stamps to a millisecond
@@ -65,31 +69,45 @@ def clock_zero(container: av.container.InputContainer, stream: av.stream.Stream)
 # ---------------------------------------------------------------------------------------------------------------- audio
 
 
-def load_audio(path) -> np.ndarray:
+def load_audio(path, max_seconds: float | None = None) -> np.ndarray:
     """Any audio file, or the sound of a video, as float32 [samples] mono at 16 kHz in [-1, 1].
 
     Equal to `librosa.load(path, sr=16000, mono=True)` where libsndfile reads the file; sound of a video starts with its
     first picture. UserError: missing, empty, no sound in it, shorter than 0.2 s, all NaN, an absurd sampling rate.
+
+    max_seconds is for files of strangers: what is longer, has more than 8 channels or 192 kHz, or is no plain container of
+    sound is refused, and never read further than that, whatever its header says.
     """
     path = _readable(path, "audio")
     try:
         with soundfile.SoundFile(str(path)) as file:
-            rate = _checked_rate(file.samplerate, file.channels, path)
+            rate = _checked_rate(file.samplerate, file.channels, path, max_seconds)
             if not file.seekable():  # GSM in a bare file: libsndfile cannot tell its length
                 raise soundfile.LibsndfileError(0)
+            if max_seconds is not None and file.frames > max_seconds * rate:
+                raise _too_long(path, file.frames / rate, max_seconds)
             samples = file.read(dtype="float32", always_2d=True)
         samples = librosa.to_mono(_finite(samples.T, path))
     except soundfile.LibsndfileError:
-        samples, rate = _decode_audio(path)
+        samples, rate = _decode_audio(path, max_seconds)
     if len(samples) < MIN_AUDIO_SECONDS * rate:
         raise UserError(f"{path}: audio shorter than {MIN_AUDIO_SECONDS} s ({len(samples) / rate:.3f} s): give more.")
     return librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
 
 
-def _checked_rate(rate: int, channels: int, path: Path) -> int:
-    """The rate, unless the file's header claims what no recording has."""
+def _too_long(path: Path, seconds: float, max_seconds: float) -> UserError:
+    return UserError(f"{path} lasts {seconds:.1f} s, more than the {max_seconds:g} s that are taken here: cut it.")
+
+
+def _checked_rate(rate: int, channels: int, path: Path, max_seconds: float | None = None) -> int:
+    """The rate, unless the file's header claims what no recording has, or a stranger's more than one voice needs."""
     if channels < 1 or not MIN_RATE <= rate <= MAX_RATE:
         raise UserError(f"{path} claims {channels} channels of {rate} Hz, which no sound has: export the audio again.")
+    if max_seconds is not None and (channels > MAX_CHANNELS or rate > MAX_STRANGE_RATE):
+        raise UserError(
+            f"{path} has {channels} channels of {rate} Hz, at most {MAX_CHANNELS} of {MAX_STRANGE_RATE} Hz are taken here: "
+            "export it as stereo of 48000 Hz."
+        )
     return rate
 
 
@@ -135,24 +153,25 @@ def audio_stretches(path, ends: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     return [np.concatenate([*part, np.zeros(0, np.float32)]) for part in parts]
 
 
-def _decode_audio(path: Path) -> tuple[np.ndarray, int]:
+def _decode_audio(path: Path, max_seconds: float | None = None) -> tuple[np.ndarray, int]:
     """Mono float32 [samples] at the file's own rate through FFmpeg, laid out by time stamp (gaps are silence)."""
-    rates, pieces = zip(*_audio_blocks(path), strict=True)
+    rates, pieces = zip(*_audio_blocks(path, max_seconds), strict=True)
     return _finite(np.concatenate(pieces), path), rates[0]
 
 
-def _audio_blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
+def _audio_blocks(path: Path, max_seconds: float | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """The same in blocks of about a second, each with the rate; at least one, which may be empty."""
     tail, position, rate = np.zeros(0, np.float32), 0, 0  # position: samples laid out so far
+    options = {} if max_seconds is None else {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=options) as container:
             if not container.streams.audio:
                 raise UserError(f"{path} has no audio stream: give a file with sound.")
             stream = container.streams.audio[0]
             if stream.codec_context is None:
                 raise UserError(f"{path} holds sound in a format that cannot be decoded: convert it to AAC or WAV.")
             zero, coder = clock_zero(container, stream), stream.codec_context
-            rate = _checked_rate(coder.sample_rate, coder.channels, path)
+            rate = _checked_rate(coder.sample_rate, coder.channels, path, max_seconds)
             start = (stream.start_time or 0) * stream.time_base
             to_float = av.AudioResampler(format="fltp")
             for frame in _decode_what_can_be(container, stream):
@@ -162,11 +181,15 @@ def _audio_blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
                     starts_at = round((frame.pts * frame.time_base - zero) * rate)
                     if starts_at < 0 and position == 0:  # sound from before the first picture
                         mono = mono[-starts_at:]
+                    if max_seconds is not None and starts_at > max_seconds * rate:
+                        raise _too_long(path, starts_at / rate, max_seconds)
                     # Half a frame's slack: time stamps are coarser than samples, only real gaps are filled.
                     if starts_at - position > max(len(mono) // 2, rate // 100):
                         mono = np.concatenate([np.zeros(starts_at - position, np.float32), mono])
                 tail = np.concatenate([tail, mono])
                 position += len(mono)
+                if max_seconds is not None and position > max_seconds * rate:
+                    raise _too_long(path, position / rate, max_seconds)
                 if len(tail) > rate + MAX_CODER_PADDING:
                     yield rate, tail[:-MAX_CODER_PADDING]
                     tail = tail[-MAX_CODER_PADDING:]
@@ -559,18 +582,26 @@ def read_metadata(path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def load_image(path) -> Image.Image:
+def load_image(path, max_pixels: int | None = None) -> Image.Image:
     """A picture as RGB, turned as its EXIF says, transparency over white.
 
-    UserError: missing, empty, not an image, under 64 pixels on a side, too large to be meant (decompression bomb).
+    UserError: missing, empty, not an image, under 64 pixels on a side, over max_pixels or too large to be meant
+    (decompression bomb); its size is known before it is decoded.
     """
     path = _readable(path, "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path, formats=PICTURES) as file:
+                if max_pixels is not None and file.width * file.height > max_pixels:
+                    raise UserError(
+                        f"{path} is too large an image ({file.width} x {file.height} pixels, at most {max_pixels} are "
+                        "taken here): scale it down."
+                    )
                 image = ImageOps.exif_transpose(file)
                 image.load()
+    except UserError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path} is too large an image (over {Image.MAX_IMAGE_PIXELS} pixels): scale it down."

@@ -335,3 +335,13 @@ def test_json_result_tells_what_ended_it(error, told, capsys):
         result["pots"] = 1
         raise error
     assert json.loads(capsys.readouterr().out) == {"pots": 1, "error": told}
+
+
+def test_a_secret_is_not_written_down(tmp_path):
+    import sonic_demo
+
+    sonic_demo.parse(
+        ["--gradio", "--auth", "me:open sesame", "--max_waiting", "3", "--save_config", str(tmp_path / "page.yaml")]
+    )
+    text = (tmp_path / "page.yaml").read_text()
+    assert "sesame" not in text and "max_waiting: 3" in text

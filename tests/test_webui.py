@@ -1,10 +1,14 @@
-"""The page as a visitor and a program meet it: a video with sound, clear refusals, one job at a time, nothing else served."""
+"""The page as a program meets it: a video with sound, clear refusals, one job at a time, settings that come back, limits.
+
+What a person sees is in test_webui_browser.py, what an enemy tries in test_webui_hostile.py.
+"""
 
 import os
 import re
 import signal
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +20,15 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+import sonic_demo
 from sonic import webui
 from sonic.checkpoints import create_checkpoint
-from sonic.config import PRESETS, SAMPLE_RATE, SonicConfig
-from sonic.media import VideoReader
+from sonic.config import PRESETS, SAMPLE_RATE, PageConfig, SonicConfig, UserError
+from sonic.media import VideoReader, load_audio, read_metadata, save_video
+from sonic.page_actions import Actions
+from sonic.page_jobs import CHOICES, Cancelled, Made
+from sonic.page_limits import Limits, Store, accounts, resolve
+from sonic.page_text import TEXTS, say
 from sonic.pipeline import SonicPipeline
 from sonic.weights import ROOT
 
@@ -54,15 +63,39 @@ def pipeline(checkpoint) -> SonicPipeline:
 
 
 @pytest.fixture(scope="module")
-def address(pipeline, folder):
-    """The local address of an open page."""
+def page(pipeline, folder):
+    """An open page."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         page = webui.build(pipeline)
-        local, public = webui.open_page(page)
-        assert public is None
-        yield local
-        page.close(verbose=False)
+        yield page
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def address(page):
+    """Its local address."""
+    local, public = webui.open_page(page)
+    assert public is None
+    return local
+
+
+@pytest.fixture(scope="module")
+def actions(page) -> Actions:
+    """What stands behind its buttons."""
+    return Actions(page.workshop, page.store, page.limits)
+
+
+@pytest.fixture
+def uploaded(page, folder):
+    """A file as gradio hands it over, after it was uploaded."""
+
+    def upload(path) -> dict:
+        place = page.store.new() / Path(path).name
+        place.write_bytes((folder / path).read_bytes())
+        return {"path": str(place), "orig_name": place.name, "meta": {"_type": "gradio.FileData"}}
+
+    return upload
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +107,9 @@ def client(address, folder) -> Client:
 def animate(client, folder):
     """Calls the page as a program does; the defaults are good inputs."""
 
-    def call(portrait=PORTRAIT, speech="speech.wav", motion="moderate", seed=0):
+    def call(portrait=PORTRAIT, speech="speech.wav", motion="moderate", seed=0, **more):
         files = handle_file(str(folder / portrait)), handle_file(str(folder / speech))
-        return client.predict(*files, motion, seed, api_name="/animate")
+        return client.predict(*files, motion, seed, api_name="/animate", **more)
 
     return call
 
@@ -88,7 +121,7 @@ def test_a_portrait_and_a_speech_give_a_video_with_sound(animate):
         assert reader.num_ticks == 10
     assert info.has_audio and info.codec == "h264" and (info.width, info.height) == (64, 64)
     assert info.duration == pytest.approx(SECONDS, abs=0.001)
-    assert said == "10 frames at 25 fps: 0.40 s, 64 × 64, seed 0"
+    assert said.startswith("10 frames at 25 fps: 0.40 s, 64 × 64, seed 0, made in ")
 
 
 def test_the_seed_decides(animate, folder):
@@ -109,6 +142,13 @@ def test_the_seed_decides(animate, folder):
         ({"seed": 1e300}, "The seed must be a whole number"),
         ({"seed": None}, "The seed must be a whole number"),
         ({"motion": "wild"}, "Motion must be one of mild, moderate, intense"),
+        ({"num_inference_steps": 201}, "The steps must be at most 200 here"),
+        ({"resolution": 4096}, "The resolution must be at most 2048 here"),
+        ({"guidance_scale_audio": -1}, "The audio guidance must be a number at least 0"),
+        ({"translation_bucket": "much"}, "The head motion must be a number at least 0 and at most 127"),
+        ({"face": "hand", "left": 40, "right": 40}, "The face box"),
+        ({"face": "everywhere"}, "Face must be one of auto, hand, full"),
+        ({"language": "zh-CN", "portrait": "faceless.png"}, "肖像中未检测到人脸"),
     ],
 )
 def test_a_refusal_is_one_sentence_without_paths(animate, folder, inputs, sentence):
@@ -153,9 +193,8 @@ def test_only_uploads_and_results_can_be_had(address, folder):
     # Neither can a server's file be read by calling it an upload, nor can the queue be passed by.
     stranger = {"path": str(folder / "speech.wav"), "meta": {"_type": "gradio.FileData"}}
     body = {"data": [stranger, stranger, "mild", 0]}
-    event = httpx.post(f"{address}gradio_api/call/animate", json=body).json()["event_id"]
-    answer = httpx.get(f"{address}gradio_api/call/animate/{event}", timeout=20).text
-    assert answer.startswith("event: error") and str(folder) not in answer
+    answer = httpx.post(f"{address}gradio_api/call/animate", json=body)
+    assert answer.status_code == 400 and str(folder) not in answer.text
     assert httpx.post(f"{address}gradio_api/run/animate", json=body).status_code == 404
 
 
@@ -164,6 +203,223 @@ def test_the_page_loads_nothing_from_elsewhere(address):
     elsewhere = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(?:https?:)?//([^/"]+)', page)
     assert elsewhere == []
     assert not re.search(r"url\(.?https?:", httpx.get(f"{address}theme.css").text)
+
+
+def test_a_face_can_be_drawn_where_none_is_found(animate):
+    path, said = animate(portrait="faceless.png", face="hand", left=20, top=20, right=80, bottom=80)
+    assert Path(path).is_file() and "10 frames" in said
+    assert Path(animate(portrait="faceless.png", face="full")[0]).is_file()
+
+
+def test_the_example_of_the_docs_runs(address, folder, monkeypatch):
+    """docs/page.md, "From a program": what stands there, at this page's address."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/page.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(folder)
+    code = code.replace("http://127.0.0.1:7860", address).replace("portrait.jpg", str(PORTRAIT))
+    names = {}
+    exec(code, names)
+    assert Path(names["video"]).suffix == ".mp4" and names["said"].startswith("10 frames")
+
+
+def test_settings_come_back_from_the_file_and_from_the_video(actions, uploaded, folder):
+    chosen = dict(zip(CHOICES, ("mild", 7, 20, "", 1.5, 2.5, 2, 1, 64, "native"), strict=True))
+    face = ("full", 0, 0, 0, 0)
+    *_, last = actions.animate(uploaded(PORTRAIT), uploaded("speech.wav"), face, chosen, "en", [])
+    card, video, _, stored, settings, group, history, gallery, made = last
+    assert "seed 7" in card and group["visible"] and history == [made] and len(gallery["value"]) == 1
+    assert settings["seed"] == 7 and settings["translation_bucket"] == 20 and settings["face_box"] == "full"
+    assert '"seed":7' in read_metadata(video)["comment"] and str(folder) not in read_metadata(video)["comment"]
+    for file in (stored, video):
+        *values, note = actions.load_settings({"path": file}, "en")
+        assert values == ["mild", 7, 20, "", 1.5, 2.5, 2, 1, 64], file
+        assert say("loaded") in note
+    for name in ("broken.wav", "speech.wav", "faceless.png"):
+        *values, note = actions.load_settings(uploaded(name), "en")
+        assert 'role="alert"' in note and "settings" in note
+
+
+def test_the_portrait_is_shown_with_its_face(actions, uploaded):
+    portrait = uploaded(PORTRAIT)
+    view, note, mode, *sliders, _ = actions.look(portrait, "auto", 0, 0, 0, 0, "en")
+    assert view["visible"] and mode == "auto" and say("face_found") in note
+    left, top, right, bottom = sliders
+    assert 20 < left < right < 80 and 10 < top < bottom < 90
+    view, note, mode, *_, opened = actions.look(uploaded("faceless.png"), "auto", 0, 0, 0, 0, "en")
+    assert mode == "hand" and opened["open"] and "No face was found" in note
+
+
+def test_two_clicks_draw_a_box(actions, uploaded):
+    class Click:
+        def __init__(self, *index):
+            self.index = index
+
+    faceless = uploaded("faceless.png")
+    *first, corner = actions.click(faceless, None, "en", Click(360, 120))
+    assert say("corner") in first[1] and first[2] == "hand" and corner == pytest.approx((96, 32))
+    _, _, mode, *sliders, _, corner = actions.click(faceless, corner, "en", Click(120, 480))
+    assert (mode, sliders, corner) == ("hand", [25.0, 25.0, 75.0, 100.0], None)
+    assert "alert" in actions.click(faceless, None, "en", Click("a", None))[1]
+
+
+def test_a_speech_is_told_its_length_and_time(actions, page, uploaded):
+    told = actions.listen(uploaded("speech.wav"), 2, 3, 64, "native", "en")
+    assert "0.4 s of speech: 10 frames at 25 per second." in told
+    page.workshop.measure_pace()
+    told = actions.listen(uploaded("speech.wav"), 2, 3, 64, "native", "en")
+    assert re.search(r"About \d+ s on this machine", told)
+    assert "语音" in actions.listen(uploaded("speech.wav"), 2, 3, 64, "native", "zh-CN")
+
+
+def test_what_is_asked_for_more_takes_longer(page):
+    page.workshop.measure_pace()
+    seconds = [page.workshop.estimate(4, {"num_inference_steps": steps})[2] for steps in (2, 20)]
+    assert 5 * seconds[0] < seconds[1] or seconds[1] > seconds[0] > 0
+    frames, fps, _ = page.workshop.estimate(4, {})
+    assert page.workshop.estimate(4, {"fps": "50"})[:2] == (frames * 50 / fps, 50)
+
+
+def test_a_video_is_compared(actions, uploaded, monkeypatch):
+    assert say("missing_video") in actions.compare(None, "en")[2]
+    frames = VideoReader(ROOT / "examples/clips/puppet_0000.mp4")
+    made = Made(actions.store.new(), 25, 25.0, 256, 256, 0, 1.0)
+    assert say("gone") in actions.compare(made, "en")[2]
+    assert "Only videos of up to" in actions.compare(replace(made, frames=10_000), "en")[2]
+    pictures = frames.read(range(25))
+    frames.close()
+    save_video(
+        pictures, made.folder / "sonic.mp4", 25, load_audio(ROOT / "examples/clips/puppet_0000.mp4")[:SAMPLE_RATE]
+    )
+    Image.fromarray(pictures[0]).save(made.folder / "portrait.jpg")
+    plot, beside, note = actions.compare(made, "en")
+    assert note == "" and Path(plot["value"]).suffix == ".png" and Path(beside["value"]).is_file()
+
+
+def test_a_batch_makes_what_can_be_made(actions, uploaded):
+    portraits = [uploaded(PORTRAIT), uploaded("faceless.png") | {"orig_name": "../<b>evil</b>.png"}]
+    chosen = dict(zip(CHOICES, ("mild", 0, "", "", 2, 3, 2, 1, 64, "native"), strict=True))
+    seen = list(actions.make_all(portraits, [uploaded("speech.wav")], chosen, "en"))
+    assert "waiting" in seen[0][0]
+    table, archive = seen[-1]
+    assert "failed: No face was found" in table and "1 of 2 videos made" in table
+    assert "<b>" not in table and "../" not in table
+    with zipfile.ZipFile(archive["value"]) as file:
+        assert file.namelist() == ["01.mp4", "01.json", "videos.csv"]
+        assert "01" not in file.read("videos.csv").decode() and "portrait.jpg" in file.read("videos.csv").decode()
+    too_many = list(actions.make_all(portraits * 26, [uploaded("speech.wav")], chosen, "en"))
+    assert "52 videos are too many" in too_many[-1][0]
+    assert say("missing_speech") in next(actions.make_all(portraits, None, chosen, "en"))[0]
+
+
+def test_who_stops_looking_ends_the_job(actions, page, pipeline, uploaded, monkeypatch):
+    steps, generate = [], pipeline.generate
+
+    def slow(*arguments, on_progress, **keywords):
+        def slowly(progress):
+            steps.append(progress)
+            time.sleep(0.3)
+            on_progress(progress)
+
+        return generate(*arguments, on_progress=slowly, **keywords)
+
+    monkeypatch.setattr(pipeline, "generate", slow)
+    chosen = dict(zip(CHOICES, ("mild", 0, "", "", 2, 3, 50, 1, 64, "native"), strict=True))
+    watching = actions.animate(uploaded(PORTRAIT), uploaded("speech.wav"), ("full", 0, 0, 0, 0), chosen, "en", [])
+    for card, *_ in watching:
+        if "step 2 of 50" in card:
+            break
+    (job,) = page.workshop._jobs
+    watching.close()
+    assert job.finished.wait(5) and isinstance(job.error, Cancelled) and len(steps) <= 5
+
+
+def test_a_job_shows_how_it_gets_sharper(actions, uploaded):
+    chosen = dict(zip(CHOICES, ("mild", 0, "", "", 2, 3, 60, 1, 64, "native"), strict=True))
+    watching = actions.animate(uploaded(PORTRAIT), uploaded("speech.wav"), ("full", 0, 0, 0, 0), chosen, "en", [])
+    cards = [card for card, *_ in watching]
+    assert any("data:image/jpeg" in card and "Denoising" in card and " left" in card for card in cards), cards[-3:]
+
+
+def test_what_nobody_expected_is_a_number_for_the_visitor_and_a_traceback_for_the_log(
+    animate, pipeline, monkeypatch, capfd
+):
+    monkeypatch.setattr(pipeline, "generate", lambda *_, **__: Path("/no/such/secret").read_text())
+    with pytest.raises(AppError, match=r"tell who runs this page the number \w{6}") as refusal:
+        animate()
+    assert "secret" not in str(refusal.value)
+    log = capfd.readouterr().err
+    assert "/no/such/secret" in log and re.search(r"number (\w{6})", str(refusal.value))[1] in log
+
+
+def test_every_text_is_there_in_both_languages_with_the_same_gaps():
+    for key, (english, chinese) in TEXTS.items():
+        assert english and chinese, key
+        gaps = [sorted(re.findall(r"\{(\w+)", text)) for text in (english, chinese)]
+        assert gaps[0] == gaps[1], key
+
+
+def test_limits_are_strict_for_strangers():
+    settings = PRESETS["mini"].settings
+    wide = resolve(PageConfig(), share=False, settings=settings)
+    strict = resolve(PageConfig(), share=True, settings=settings)
+    known = resolve(PageConfig(auth="a:b"), share=True, settings=settings)
+    assert wide == known == Limits()
+    assert (strict.max_audio_seconds, strict.max_upload_mb, strict.max_batch) == (30, 20, 4)
+    assert (strict.max_steps, strict.max_resolution) == (24, 128)
+    assert resolve(PageConfig(max_audio_seconds=45), share=True, settings=settings).max_audio_seconds == 45
+    with pytest.raises(UserError, match="max_upload_mb must be a number above 0"):
+        PageConfig(max_upload_mb=0)
+
+
+def test_accounts_come_from_the_flag_or_a_file(tmp_path):
+    assert accounts(None) is None
+    assert accounts("me:se:cret") == [("me", "se:cret")]
+    (tmp_path / "people").write_text("a:1\n\n b:2 \n")
+    assert accounts(str(tmp_path / "people")) == [("a", "1"), ("b", "2")]
+    (tmp_path / "none").write_text("\n")
+    for wrong in ("me", ":x", "me:", str(tmp_path / "none")):
+        with pytest.raises(UserError, match="--auth"):
+            accounts(wrong)
+
+
+def test_flags_of_the_page_need_the_page():
+    with pytest.raises(UserError, match="--max_waiting is for the web page"):
+        sonic_demo.main(["--max_waiting", "3", "--image", "a.png", "--audio", "b.wav", "--output", "c.mp4"])
+
+
+def test_the_store_forgets_what_is_old_and_what_is_too_much(tmp_path):
+    store = Store(tmp_path / "store", replace(Limits(), max_stored_gb=1e-4, keep_hours=1))
+    folders = [store.new() for _ in range(4)]
+    for age, folder in zip((4000, 3000, 2000, 0), folders, strict=True):
+        (folder / "sonic.mp4").write_bytes(bytes(40_000))
+        os.utime(folder, (time.time() - age,) * 2)
+    assert store.clean()  # the first is older than an hour; the second is one too many
+    assert [folder.exists() for folder in folders] == [False, False, True, True]
+    assert not store.clean(room=90_000)  # there would be, but what is in use stays
+    assert [folder.exists() for folder in folders] == [False, False, False, True]
+    assert store.holds(folders[3] / "sonic.mp4") and not store.holds(folders[3])
+    (folders[3] / "link").symlink_to("/etc/hostname")
+    for outside in ("/etc/hostname", folders[3] / "../../x", folders[3] / "link", "a" * 5000, "/\0", "sonic.mp4", ""):
+        assert not store.holds(outside) and not (store.covers(outside)), outside
+
+
+def test_who_has_no_password_stays_outside(pipeline, folder, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder / "private"))
+    page = webui.build(pipeline)
+    local, _ = webui.open_page(page, auth=[("me", "secret")])
+    try:
+        for path in ("config", "gradio_api/info", "gradio_api/queue/data?session_hash=a"):
+            assert httpx.get(local + path).status_code == 401, path
+        assert httpx.post(f"{local}gradio_api/upload", files={"files": b"x"}).status_code == 401
+        assert httpx.post(f"{local}gradio_api/call/animate", json={"data": []}).status_code == 401
+        assert Client(local, auth=("me", "secret"), verbose=False, analytics_enabled=False).view_api(
+            return_format="dict"
+        )
+        tries = [
+            httpx.post(f"{local}login", data={"username": "me", "password": str(n)}).status_code for n in range(30)
+        ]
+        assert set(tries) == {400, 429} and tries[-1] == 429
+    finally:
+        page.close()
 
 
 def test_serve_says_where_it_is_and_leaves_nothing_behind(checkpoint, monkeypatch, capsys):
@@ -176,8 +432,8 @@ def test_serve_says_where_it_is_and_leaves_nothing_behind(checkpoint, monkeypatc
     opened = []
     open_page = webui.open_page
 
-    def then_interrupted(page, share):
-        opened.append((open_page(page, share), os.environ["GRADIO_TEMP_DIR"]))
+    def then_interrupted(page, share, auth):
+        opened.append((open_page(page, share, auth), os.environ["GRADIO_TEMP_DIR"]))
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return opened[0][0]
 
@@ -189,6 +445,7 @@ def test_serve_says_where_it_is_and_leaves_nothing_behind(checkpoint, monkeypatc
         signal.signal(signal.SIGTERM, before)
     (local, public), folder = opened[0]
     said = capsys.readouterr().out
+    assert "nobody is asked for a password, so limits are strict: 30 s of speech, 20 MB a file" in said
     assert public is None and f"open at {local}" in said and "no public address could be had" in said
     assert not Path(folder).exists()
     with pytest.raises(httpx.ConnectError):
