@@ -146,7 +146,7 @@ def animate(config: SonicConfig, flags: Namespace, result: dict) -> int:
             print(result["output"])
         return 0
 
-    clips, failures = [], []
+    clips, failures = result["clips"], result["failures"] = [], []  # what is there if it is interrupted
     for number, job in processes.share(list(enumerate(jobs, start=1))):
         print(f"[{number}/{len(jobs)}] {job.image} + {job.audio} -> {job.output}")
         try:

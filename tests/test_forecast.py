@@ -23,10 +23,10 @@ def features(pipeline):
     return pipeline.extract_audio_features(np.random.default_rng(0).normal(0, 0.1, 30 * 640).astype(np.float32))
 
 
-def told(pipeline, frames=30, **change):
+def told(pipeline, frames=30, keys=0, **change):
     settings = pipeline._settings(pipeline._config(change, None))
     chosen = "decode_chunk_size" in change
-    return pipeline.forecaster((8, 8), settings, frames, 25.0, held=1000, chosen=chosen)
+    return pipeline.forecaster((8, 8), settings, frames, 25.0, held=1000, keys=keys, chosen=chosen)
 
 
 def test_what_is_told(pipeline):
@@ -34,6 +34,8 @@ def test_what_is_told(pipeline):
     assert (found.frames, found.windows, found.steps, found.calls, found.chunk) == (30, 8, 2, 16, 4)
     assert str(found).startswith("30 frames at 25 fps (1.2 s): 8 windows, 2 steps, 16 calls of the UNet; memory")
     assert told(pipeline, 3000).ram_bytes - found.ram_bytes == 2970 * 4 * 4 * 8 * 8  # the latents and nothing else
+    assert told(pipeline, 30, keys=500).ram_bytes - found.ram_bytes == 500
+    assert told(pipeline, 30, solver="dpmpp_2m").ram_bytes - found.ram_bytes == 30 * 4 * 4 * 8 * 8
 
 
 def test_counts_are_what_real_calls_take(pipeline):

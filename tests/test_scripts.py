@@ -17,8 +17,9 @@ SOURCES += [ROOT / name for name in ("sonic_training.py", "sonic_demo.py", "soni
 PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "dlib": "dlib-bin", "yaml": "PyYAML"}
 # Named as text and not imported: faces.py looks up where the first lies, accelerate's tracker imports the second.
 BY_NAME = {"face_recognition_models", "tensorboard"}
-OPTIONAL = {"bitsandbytes"}  # a flag that needs one says how to get it
-TOOLS = {"pytest", "ruff"}
+OPTIONAL = {"bitsandbytes", "torchao"}  # a flag that needs one says how to get it
+WITH_GRADIO = {"anyio", "starlette"}  # what gradio itself is made of
+TOOLS = {"playwright", "pytest", "ruff"}
 
 # A Python of version 3.{minor} in the folder $FAKES: it answers `-c` truly, and makes environments whose Python is a fake too.
 PYTHON = """#!/bin/sh
@@ -183,7 +184,7 @@ def test_requirements_name_what_is_imported_and_nothing_else():
     assert {"torch", "cv2", "PIL", "av"} <= modules  # the search finds something
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {re.split("[=<>; ]", line)[0] for line in lines if line and not line.startswith("#")}
-    assert required == {PACKAGES.get(name, name) for name in modules} - OPTIONAL | BY_NAME | TOOLS
+    assert required == {PACKAGES.get(name, name) for name in modules} - OPTIONAL - WITH_GRADIO | BY_NAME | TOOLS
 
 
 def test_torchvision_and_torchaudio_are_not_needed():

@@ -20,6 +20,7 @@ from sonic.config import Settings, TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Losses
 from sonic.media import VideoReader
+from sonic.pieces import Screening
 from sonic.prepare import prepare
 from sonic.run_log import Log, RunState
 from sonic.training import (
@@ -374,7 +375,7 @@ def test_shift_of_a_run_follows_its_frame_rate(tiny, frame_step, shift):
     """SPEC.md section 5: 3 for 25 fps models, 7 for 12.5 fps as the released weights."""
     start = open_checkpoint(tiny)
     config = with_model_defaults(TrainingConfig(data_root="x", frame_step=frame_step), start.settings)
-    assert sonic_training.for_this_run(start, config).settings.shift_offset == shift
+    assert sonic_training.for_this_run(start, config, Screening()).settings.shift_offset == shift
 
 
 def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):
