@@ -1,4 +1,5 @@
-"""Draws the strips of docs/using.md: what the settings of sonic_demo.py do, by sonic-mini on the example portrait.
+"""Draws what the documents show of sonic-mini: the animation of the README, and the strips of docs/using.md, which tell what
+the settings of sonic_demo.py do to the example portrait.
 
     python scripts/using_pictures.py --output docs/using
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from sonic.config import SAMPLE_RATE, TICK_RATE  # noqa: E402
 from sonic.flags import Parser, run  # noqa: E402
-from sonic.media import load_audio  # noqa: E402
+from sonic.media import VideoReader, load_audio  # noqa: E402
 from sonic.pipeline import SonicPipeline  # noqa: E402
 
 # Of each strip: the setting, its values, and the words for them.
@@ -31,6 +32,9 @@ STRIPS = {
 BEGIN, SECONDS = 0.5, 0.8  # of the example speech: where it says something; two windows
 SHOWN = 7  # frames of a row
 LABEL = 92  # pixels at the left of a row
+# Of the animation: faces that sonic-mini has not seen, which speak the same; its side in pixels, and every how manieth frame.
+SPEAKERS = ("portrait.jpg", "clips/puppet_0004.mp4", "clips/puppet_0011.mp4")
+SIDE, EVERY, QUALITY = 192, 2, 60
 
 
 def strip(pipeline: SonicPipeline, speech: np.ndarray, setting: str, values: dict, made: dict) -> Image.Image:
@@ -52,14 +56,33 @@ def strip(pipeline: SonicPipeline, speech: np.ndarray, setting: str, values: dic
     return sheet
 
 
+def animation(pipeline: SonicPipeline, speech: np.ndarray, path: Path) -> None:
+    """The speakers beside each other, as a moving WebP."""
+    features, rows = pipeline.extract_audio_features(speech), []
+    for name in SPEAKERS:
+        portrait = ROOT / "examples" / name
+        if portrait.suffix == ".mp4":
+            with VideoReader(portrait) as reader:
+                portrait = Image.fromarray(reader.read(range(1))[0])
+        video = pipeline.generate(portrait, features, crop=0.5)
+        rows.append([Image.fromarray(frame).resize((SIDE, SIDE), Image.LANCZOS) for frame in video.frames[::EVERY]])
+    first, *others = [
+        Image.fromarray(np.concatenate([np.asarray(one) for one in row], axis=1)) for row in zip(*rows, strict=True)
+    ]
+    shown = round(1000 * EVERY / video.fps)
+    first.save(path, save_all=True, append_images=others, duration=shown, loop=0, quality=QUALITY, method=6)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs/using", help="folder for the JPEGs")
     flags = parser.parse_args(arguments)
     flags.output.mkdir(parents=True, exist_ok=True)
     begin = round(BEGIN * SAMPLE_RATE)
-    speech = load_audio(ROOT / "examples/audio.wav")[begin : begin + round(SECONDS * SAMPLE_RATE)]
+    whole = load_audio(ROOT / "examples/audio.wav")
+    speech = whole[begin : begin + round(SECONDS * SAMPLE_RATE)]
     pipeline, made = SonicPipeline(), {}
+    animation(pipeline, whole, flags.output / "animation.webp")
     for name, (setting, values) in STRIPS.items():
         path = flags.output / f"{name}.jpg"
         strip(pipeline, speech, setting, values, made).save(path, quality=85)

@@ -492,8 +492,8 @@ class TrainingConfig(Checked):
     both_drop_prob: float = flag(0.05, "share of samples without both", SHARE)
 
     lip_loss_weight: float = flag(
-        1.0,
-        "how much more the loss counts around the lips, which are a few percent of the picture",
+        12.0,  # the best of 1, 4 and 12 (docs/lab.md, "The weight of the lips")
+        "how much more the loss counts around the lips, which are a few percent of the picture; 1: no more",
         SCALE,
         group="lips and sound",
     )

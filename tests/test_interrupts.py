@@ -97,14 +97,21 @@ def test_a_real_signal(number, tmp_path):
         tmp_path / "begun.yaml",
     ]
     process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # what runs in a shell's background ignores Ctrl-C
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "begun.yaml").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun.yaml").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == CODES[number], err
     assert out == "" and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["begun.yaml"]
