@@ -26,6 +26,14 @@ def speech(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """What runs in a shell's background ignores Ctrl-C from the start, these tests among them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def ended(main, arguments):
     with pytest.raises(SystemExit) as stopped:
         run(lambda: main([str(word) for word in arguments]))

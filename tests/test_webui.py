@@ -231,7 +231,7 @@ def test_settings_come_back_from_the_file_and_from_the_video(actions, uploaded, 
     assert '"seed":7' in read_metadata(video)["comment"] and str(folder) not in read_metadata(video)["comment"]
     for file in (stored, video):
         *values, note = actions.load_settings({"path": file}, "en")
-        assert values == ["mild", 7, 20, "", 1.5, 2.5, 2, 1, 64], file
+        assert values == ["mild", 7, 20, "", 1.5, 2.5, 2, 1, 64, "native"], file
         assert say("loaded") in note
     for name in ("broken.wav", "speech.wav", "faceless.png"):
         *values, note = actions.load_settings(uploaded(name), "en")

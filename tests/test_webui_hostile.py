@@ -34,6 +34,7 @@ ARGUMENTS = {"motion": "mild", "seed": 0, "translation": "", "expression": "", "
 ARGUMENTS |= {
     "shift": 1,
     "resolution": 64,
+    "fps": "native",
     "face": "full",
     "left": 0,
     "top": 0,
@@ -220,6 +221,7 @@ BAD_ARGUMENTS = {
     "steps": (0, -1, 201, 10**9, 1.5, "5", []),
     "shift": (-1, 10**12, 0.5, {}),
     "resolution": (0, 63, 10**9, "64", None, -64),
+    "fps": (25, "24", "", [], True),
     "face": ("everywhere", None, 3, [], {}),
     "left": ("a", None, 1e300, [], True),
     "language": ("klingon", None, 5, {}),
