@@ -10,12 +10,15 @@ another program on the machine changes them little; two workers on two cores do 
 from __future__ import annotations
 
 import resource
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, without an install
 
 import av
 
