@@ -280,6 +280,8 @@ def test_face_and_lips_count_more_where_they_are():
     faces = torch.zeros(1, 1, 64, 64)
     faces[:, :, 16:] = 1
     config = TrainingConfig(data_root="x")
+    assert loss_weight(config, lips, faces)[0, 0, 5, 3] == 12  # the default
+    config = dataclasses.replace(config, lip_loss_weight=1)
     assert (loss_weight(config, lips, faces) == 1).all()
     config = dataclasses.replace(config, lip_loss_weight=4, face_loss_weight=2)
     weight = loss_weight(config, lips, faces)
