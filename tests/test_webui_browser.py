@@ -125,11 +125,13 @@ def test_from_a_portrait_and_a_voice_to_a_video(visit, folder):
     page.locator("#animate").click()
     page.locator("#status img").wait_for()
     page.get_by_role("progressbar").wait_for()
-    assert "step" in card(page).inner_text() and page.locator("#animate").is_disabled()
+    playwright.expect(card(page)).to_contain_text("step")
+    playwright.expect(page.locator("#animate")).to_be_disabled()
     snap(page, "page-working")
     page.locator("#cancel").click()
     page.get_by_text(say("cancelled")).wait_for()
-    assert page.locator("#animate").is_enabled() and page.locator("#get_video").count() == 0
+    playwright.expect(page.locator("#animate")).to_be_enabled()
+    assert page.locator("#get_video").count() == 0
     page.wait_for_timeout(1500)  # a job that went on would show itself
     assert say("cancelled") in card(page).inner_text()
     snap(page, "page-cancelled")
@@ -137,7 +139,7 @@ def test_from_a_portrait_and_a_voice_to_a_video(visit, folder):
     page.locator("#animate").focus()
     page.keyboard.press("Enter")  # no mouse is needed
     page.locator("#get_video").wait_for()
-    assert "20 frames at 25 fps: 0.80 s, 128 × 128, seed 7, made in" in card(page).inner_text()
+    playwright.expect(card(page)).to_contain_text("20 frames at 25 fps: 0.80 s, 128 × 128, seed 7, made in")
     page.locator("#history img").wait_for()
     assert page.locator("#history img").count() == 1
     page.evaluate("document.querySelector('#video video').muted = true")
@@ -161,7 +163,7 @@ def test_from_a_portrait_and_a_voice_to_a_video(visit, folder):
     page.get_by_text("中文").click()
     page.get_by_role("button", name=say("animate", "zh-CN")).wait_for()
     page.get_by_text(say("face_found", "zh-CN")).wait_for()
-    assert page.get_by_role("tab", name=say("tab_batch", "zh-CN")).is_visible()
+    page.get_by_role("tab", name=say("tab_batch", "zh-CN")).wait_for()
     assert page.locator("#history img").count() == 1  # what was made stays
     page.reload()
     page.get_by_role("button", name=say("animate", "zh-CN")).wait_for()  # and the choice is remembered
