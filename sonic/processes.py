@@ -74,8 +74,3 @@ class Processes:
         gathered: list = [None] * self.count
         dist.all_gather_object(gathered, values)
         return [value for part in gathered for value in part]
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
-            dist.barrier()

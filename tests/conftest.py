@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 from sonic.checkpoints import create_checkpoint
@@ -76,6 +77,14 @@ class Energy:
         steps = torch.from_numpy(speech[: ticks * 640]).reshape(2 * ticks, 320)
         return torch.stack([steps.square().mean(1), steps.abs().mean(1)], 1)[:, None]
 """
+
+
+def voice(tmp_path_factory, ticks: int, first: int = 0) -> Path:
+    """A WAV of so many ticks (1/25 s) of the example speech, from its sample `first` on."""
+    path = tmp_path_factory.mktemp("speech") / "voice.wav"
+    samples, rate = soundfile.read(EXAMPLES / "audio.wav")
+    soundfile.write(path, samples[first : first + ticks * 640], rate)
+    return path
 
 
 @pytest.fixture(scope="session")

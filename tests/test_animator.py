@@ -9,7 +9,7 @@ import psutil
 import pytest
 import soundfile
 import torch
-from conftest import EXAMPLES
+from conftest import EXAMPLES, voice
 
 from sonic import unfinished
 from sonic.animator import Animator, Told, decode_pieces, duration, to_pictures
@@ -28,10 +28,7 @@ def pipeline(tiny):
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    path = tmp_path_factory.mktemp("speech") / "voice.wav"
-    samples, rate = soundfile.read(EXAMPLES / "audio.wav")
-    soundfile.write(path, samples[: 11 * 640], rate)
-    return path
+    return voice(tmp_path_factory, 11)
 
 
 # ---------------------------------------------------------------------------------------------- decoding

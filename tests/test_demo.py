@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import EXAMPLES, ROOT
+from conftest import EXAMPLES, ROOT, voice
 from PIL import Image
 
 import sonic_demo
@@ -32,10 +32,7 @@ PORTRAIT = EXAMPLES / "portrait.jpg"
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
     """A third of a second of the example speech: 8 ticks, two windows."""
-    path = tmp_path_factory.mktemp("speech") / "voice.wav"
-    samples, rate = soundfile.read(EXAMPLES / "audio.wav")
-    soundfile.write(path, samples[8000 : 8000 + 8 * 640], rate)
-    return path
+    return voice(tmp_path_factory, 8, 8000)
 
 
 @pytest.fixture(scope="module")

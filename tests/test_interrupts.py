@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-import soundfile
-from conftest import EXAMPLES, ROOT
+from conftest import EXAMPLES, ROOT, voice
 
 import sonic_demo
 import sonic_training
@@ -20,10 +19,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    path = tmp_path_factory.mktemp("speech") / "voice.wav"
-    samples, rate = soundfile.read(EXAMPLES / "audio.wav")
-    soundfile.write(path, samples[8000 : 8000 + 8 * 640], rate)
-    return path
+    return voice(tmp_path_factory, 8, 8000)
 
 
 @pytest.fixture(autouse=True)

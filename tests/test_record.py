@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import soundfile
-from conftest import EXAMPLES
+from conftest import EXAMPLES, voice
 
 import sonic_demo
 from sonic.config import UserError
@@ -19,10 +18,7 @@ PORTRAIT = EXAMPLES / "portrait.jpg"
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
     """8 ticks, two windows of the tiny model."""
-    path = tmp_path_factory.mktemp("speech") / "voice.wav"
-    samples, rate = soundfile.read(EXAMPLES / "audio.wav")
-    soundfile.write(path, samples[8000 : 8000 + 8 * 640], rate)
-    return path
+    return voice(tmp_path_factory, 8, 8000)
 
 
 def demo(tiny, speech, *arguments):

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import soundfile
 import torch
-from conftest import EXAMPLES, ROOT
+from conftest import EXAMPLES, ROOT, voice
 from spread_worker import animate
 
 from sonic.processes import Processes
@@ -19,10 +18,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
     """18 frames: 5 windows of 4, which do not divide by two."""
-    path = tmp_path_factory.mktemp("speech") / "voice.wav"
-    samples, rate = soundfile.read(EXAMPLES / "audio.wav")
-    soundfile.write(path, samples[: 18 * 640], rate)
-    return path
+    return voice(tmp_path_factory, 18)
 
 
 def start(command, cwd):
