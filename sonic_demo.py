@@ -116,15 +116,15 @@ def animate(config: SonicConfig, flags: Namespace, result: dict) -> int:
     jobs, batch = plan(flags)
 
     # Late, so that wrong flags are answered at once.
-    from sonic import media
+    from sonic import pictures, sound
     from sonic.pipeline import SonicPipeline
     from sonic.portrait import find_face, parse_face_box
     from sonic.processes import Processes
 
     face_box = parse_face_box(flags.face_box)
     if not batch:  # a batch names what is wrong clip by clip; a single clip before the models are loaded
-        image = media.load_image(jobs[0].image)
-        media.load_audio(jobs[0].audio)
+        image = pictures.load_image(jobs[0].image)
+        sound.load_audio(jobs[0].audio)
         if not face_box:
             find_face(image, str(jobs[0].image))
     processes = Processes.started(config.device)

@@ -37,7 +37,6 @@ from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH
 from sonic.checkpoints import training_checkpoints
 from sonic.config import SAMPLE_RATE, SHIPPED, TICK_RATE, SonicConfig
 from sonic.flags import run
-from sonic.media import load_audio
 from sonic.metrics import Evaluation, follow, measure, portrait_face
 from sonic.motion import motion_buckets
 from sonic.pipeline import SonicPipeline
@@ -57,6 +56,7 @@ from sonic.puppets import (
     speech_to_mouth,
 )
 from sonic.run_log import read_log
+from sonic.sound import load_audio
 from sonic.weights import ROOT
 
 CLIPS, SECONDS = 24, 4.0

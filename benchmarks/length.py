@@ -19,7 +19,7 @@ from release_size import peak_of
 
 from sonic.config import PRESETS, SAMPLE_RATE, TICK_RATE
 from sonic.flags import run
-from sonic.media import load_audio
+from sonic.sound import load_audio
 from sonic.weights import ROOT
 
 

@@ -29,10 +29,11 @@ from PIL import Image
 
 from sonic.config import SAMPLE_RATE, SHIPPED, SOLVERS, SonicConfig
 from sonic.flags import run
-from sonic.media import VideoReader, load_audio
+from sonic.media import VideoReader
 from sonic.metrics import measure, portrait_face
 from sonic.pipeline import SonicPipeline
 from sonic.portrait import prepare_portrait
+from sonic.sound import load_audio
 from sonic.weights import ROOT
 
 STEPS = (4, 6, 8, 12, 16, 25, 50)

@@ -52,7 +52,7 @@ import soundfile
 from PIL import Image
 
 from sonic.config import SAMPLE_RATE
-from sonic.media import load_audio
+from sonic.sound import load_audio
 from sonic.puppets import Identity, Pose, draw
 
 voice, examples = sys.argv[1], Path(sys.argv[2])

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 
 from sonic.config import SAMPLE_RATE, UserError
 from sonic.flags import run
-from sonic.media import load_audio
+from sonic.sound import load_audio
 
 # Debian package -> name of its speaker; who is unseen is never trained on.
 RECORDED = {

@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 from sonic.config import SAMPLE_RATE, TICK_RATE  # noqa: E402
 from sonic.flags import Parser, run  # noqa: E402
-from sonic.media import VideoReader, load_audio  # noqa: E402
+from sonic.media import VideoReader  # noqa: E402
 from sonic.pipeline import SonicPipeline  # noqa: E402
+from sonic.sound import load_audio  # noqa: E402
 
 # Of each strip: the setting, its values, and the words for them.
 STRIPS = {

@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sonic.config import SAMPLES_PER_TICK, TICK_RATE, UserError
-from sonic.media import VideoReader, VideoWriter, audio_stretches
+from sonic.media import VideoReader, VideoWriter
+from sonic.sound import audio_stretches
 from sonic.track_cache import make_folder
 
 if TYPE_CHECKING:

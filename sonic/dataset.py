@@ -21,8 +21,9 @@ from sonic.audio import long_windows, short_windows
 from sonic.clips import Clip
 from sonic.config import FEATURES_PER_TICK, TICK_RATE
 from sonic.faces import MASK_GROWTH, square_crop, union_box
-from sonic.media import VideoReader, resize_square
+from sonic.media import VideoReader
 from sonic.motion import MOUTH, motion_buckets, window_buckets
+from sonic.pictures import resize_square
 from sonic.portrait import clip_pixels, resized_mask
 
 CROP_EXPAND = 0.5  # of the face's size on each side, as in the released preprocessing

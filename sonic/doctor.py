@@ -298,8 +298,9 @@ def model(config: SonicConfig) -> Check:
 def self_test() -> Check:
     """The beginning of the example speech by sonic-mini at few steps, from portrait to MP4 and back."""
     started = time.perf_counter()
-    from sonic.media import VideoReader, load_audio, save_video
+    from sonic.media import VideoReader, save_video
     from sonic.pipeline import SonicPipeline
+    from sonic.sound import load_audio
 
     pipeline = SonicPipeline(SonicConfig(num_inference_steps=TEST_STEPS))
     loaded = time.perf_counter()

@@ -22,8 +22,10 @@ import numpy as np
 from sonic import flags
 from sonic.config import TICK_RATE, UserError
 from sonic.evaluation_drawing import draw_plot, text, write_side_by_side
-from sonic.media import VideoReader, load_audio, load_image
+from sonic.media import VideoReader
 from sonic.metrics import TRUTH_CURVES, Evaluation, check_length, measure, portrait_face
+from sonic.pictures import load_image
+from sonic.sound import load_audio
 
 TRUTH_SUFFIX = ".truth.npz"
 

@@ -38,7 +38,8 @@ from sonic.checkpoints import BaseModels, BaseSizes, load_base
 from sonic.clips import Clip
 from sonic.config import TICK_RATE, TrainingConfig, UserError
 from sonic.dataset import VAE_FACTOR, SonicDataset, clip_square, cut, mirror, pixels
-from sonic.media import VideoReader, resize_square
+from sonic.media import VideoReader
+from sonic.pictures import resize_square
 from sonic.portrait import clip_pixels
 from sonic.prepare import Share
 from sonic.training import EncodedClip, encode_frames, encoded_clip, sample_settings

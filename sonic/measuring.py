@@ -21,7 +21,8 @@ from scenedetect.stats_manager import StatsManager
 
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, UserError
 from sonic.faces import FaceTrack, second_face, track_face
-from sonic.media import VideoReader, scan_audio
+from sonic.media import VideoReader
+from sonic.sound import scan_audio
 from sonic.sync import HOP, speech_levels, speech_power
 
 SILENCE = -60.0  # dBFS; below lies the hiss of an empty track

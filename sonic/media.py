@@ -1,34 +1,20 @@
-"""Video, audio and picture files in and out. One clock: second 0 is the first picture, a tick is 1/25 s after it."""
+"""Video files in and out. One clock: second 0 is the first picture, a tick is 1/25 s after it."""
 
 from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import cv2
-import librosa
 import numpy as np
-import soundfile
-import soxr
 from av.video.reformatter import Interpolation
-from PIL import Image, ImageOps
 
 from sonic.config import SAMPLE_RATE, TICK_RATE, UserError
 
-MIN_AUDIO_SECONDS = 0.2  # less than one short context window of SPEC section 2
-MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz; what recorders know. From 1 Hz, a second would be resampled to hours
-MAX_CHANNELS, MAX_STRANGE_RATE = 8, 192_000  # of a stranger's sound: eight channels of a second take 6 MB
-# What FFmpeg may take a stranger's file for: containers of sound. A playlist or a script would have it open other files.
-CONTAINERS = "wav,w64,mp3,flac,ogg,aac,mov,matroska,webm,aiff,caf,amr,asf,avi,mpeg,mpegts"
-PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow would hand others, as EPS, to other programs
-MIN_IMAGE_SIDE = 64  # pixels; one latent cell of the coarsest UNet level
-MAX_CODER_PADDING = 4096  # samples; the longest block of the common coders
 TIME_TOLERANCE = Fraction(1, 1000)  # seconds; Matroska and WebM round time stamps to a millisecond
 TRUNCATED_AFTER = 0.5  # seconds of promised pictures that may be missing before a file counts as truncated
 # swscale's fast paths darken RGB by one level and a half of 255 on a way there and back; these are its exact ones,
@@ -38,7 +24,7 @@ ALWAYS_ROLL = Fraction(1, 2)  # seconds to decode forward rather than ask where 
 LONGEST_ROLL = 2  # seconds to decode forward rather than seek, in files that do not list their keyframes
 
 
-def _readable(path, kind: str) -> Path:
+def readable_file(path, kind: str) -> Path:
     """The absolute path (FFmpeg would take `a:b.mp4` for a protocol), or a UserError that says why it is no use."""
     path = Path(path).absolute()
     if not path.exists():
@@ -66,153 +52,8 @@ def clock_zero(container: av.container.InputContainer, stream: av.stream.Stream)
     return (anchor.start_time or 0) * anchor.time_base
 
 
-# ---------------------------------------------------------------------------------------------------------------- audio
-
-
-def load_audio(path, max_seconds: float | None = None) -> np.ndarray:
-    """Any audio file, or the sound of a video, as float32 [samples] mono at 16 kHz in [-1, 1].
-
-    Equal to `librosa.load(path, sr=16000, mono=True)` where libsndfile reads the file; sound of a video starts with its
-    first picture. UserError: missing, empty, no sound in it, shorter than 0.2 s, all NaN, an absurd sampling rate.
-
-    max_seconds is for files of strangers: what is longer, has more than 8 channels or 192 kHz, or is no plain container of
-    sound is refused, and never read further than that, whatever its header says.
-    """
-    path = _readable(path, "audio")
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            rate = _checked_rate(file.samplerate, file.channels, path, max_seconds)
-            if not file.seekable():  # GSM in a bare file: libsndfile cannot tell its length
-                raise soundfile.LibsndfileError(0)
-            if max_seconds is not None and file.frames > max_seconds * rate:
-                raise _too_long(path, file.frames / rate, max_seconds)
-            samples = file.read(dtype="float32", always_2d=True)
-        samples = librosa.to_mono(_finite(samples.T, path))
-    except soundfile.LibsndfileError:
-        samples, rate = _decode_audio(path, max_seconds)
-    if len(samples) < MIN_AUDIO_SECONDS * rate:
-        raise UserError(f"{path}: audio shorter than {MIN_AUDIO_SECONDS} s ({len(samples) / rate:.3f} s): give more.")
-    return librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
-
-
-def _too_long(path: Path, seconds: float, max_seconds: float) -> UserError:
-    return UserError(f"{path} lasts {seconds:.1f} s, more than the {max_seconds:g} s that are taken here: cut it.")
-
-
-def _checked_rate(rate: int, channels: int, path: Path, max_seconds: float | None = None) -> int:
-    """The rate, unless the file's header claims what no recording has, or a stranger's more than one voice needs."""
-    if channels < 1 or not MIN_RATE <= rate <= MAX_RATE:
-        raise UserError(f"{path} claims {channels} channels of {rate} Hz, which no sound has: export the audio again.")
-    if max_seconds is not None and (channels > MAX_CHANNELS or rate > MAX_STRANGE_RATE):
-        raise UserError(
-            f"{path} has {channels} channels of {rate} Hz, at most {MAX_CHANNELS} of {MAX_STRANGE_RATE} Hz are taken here: "
-            "export it as stereo of 48000 Hz."
-        )
-    return rate
-
-
-def _finite(samples: np.ndarray, path: Path) -> np.ndarray:
-    """Broken samples become silence, as a gap in the sound would; nothing but broken samples is an error."""
-    if samples.size and np.isnan(samples).all():
-        raise UserError(f"{path} holds no sound, every sample is NaN: export the audio again.")
-    return np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def scan_audio(path) -> Iterator[np.ndarray]:
-    """The sound of a video as `load_audio` gives it, float32 [n] of about a second at a time, whatever its length.
-
-    Soxr works on a stream here: samples are those of `load_audio` to 1e-4, and as many. UserError: no sound in it.
-    """
-    heard = made = 0  # samples of the file's rate in, of ours out
-    resampler, rate = None, SAMPLE_RATE
-    for rate, block in _audio_blocks(_readable(path, "audio")):
-        resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        resampled = resampler.resample_chunk(np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0))
-        heard, made = heard + len(block), made + len(resampled)
-        yield resampled
-    if resampler:
-        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        wanted = max(math.ceil(heard * SAMPLE_RATE / rate) - made, 0)
-        yield np.pad(rest[:wanted], (0, max(wanted - len(rest), 0)))
-
-
-def audio_stretches(path, ends: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """The samples [first, last) of a video's sound for each pair, float32 at 16 kHz, shorter where the sound ends.
-
-    The sound is read once, up to the last of them, and never in memory as a whole. UserError: no sound in it.
-    """
-    parts: list[list[np.ndarray]] = [[] for _ in ends]
-    position = 0
-    for block in scan_audio(path):
-        for part, (first, last) in zip(parts, ends, strict=True):
-            if first < position + len(block) and position < last:
-                part.append(block[max(first - position, 0) : last - position].copy())
-        position += len(block)
-        if position >= max(last for _, last in ends):
-            break
-    return [np.concatenate([*part, np.zeros(0, np.float32)]) for part in parts]
-
-
-def _decode_audio(path: Path, max_seconds: float | None = None) -> tuple[np.ndarray, int]:
-    """Mono float32 [samples] at the file's own rate through FFmpeg, laid out by time stamp (gaps are silence)."""
-    rates, pieces = zip(*_audio_blocks(path, max_seconds), strict=True)
-    return _finite(np.concatenate(pieces), path), rates[0]
-
-
-def _audio_blocks(path: Path, max_seconds: float | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """The same in blocks of about a second, each with the rate; at least one, which may be empty."""
-    tail, position, rate = np.zeros(0, np.float32), 0, 0  # position: samples laid out so far
-    options = {} if max_seconds is None else {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    try:
-        with av.open(str(path), options=options) as container:
-            if not container.streams.audio:
-                raise UserError(f"{path} has no audio stream: give a file with sound.")
-            stream = container.streams.audio[0]
-            if stream.codec_context is None:
-                raise UserError(f"{path} holds sound in a format that cannot be decoded: convert it to AAC or WAV.")
-            zero, coder = clock_zero(container, stream), stream.codec_context
-            rate = _checked_rate(coder.sample_rate, coder.channels, path, max_seconds)
-            start = (stream.start_time or 0) * stream.time_base
-            to_float = av.AudioResampler(format="fltp")
-            for frame in _decode_what_can_be(container, stream):
-                planes = [plane.to_ndarray() for plane in to_float.resample(frame)]
-                mono = np.concatenate(planes, axis=1).mean(axis=0)
-                if frame.pts is not None:
-                    starts_at = round((frame.pts * frame.time_base - zero) * rate)
-                    if starts_at < 0 and position == 0:  # sound from before the first picture
-                        mono = mono[-starts_at:]
-                    if max_seconds is not None and starts_at > max_seconds * rate:
-                        raise _too_long(path, starts_at / rate, max_seconds)
-                    # Half a frame's slack: time stamps are coarser than samples, only real gaps are filled.
-                    if starts_at - position > max(len(mono) // 2, rate // 100):
-                        mono = np.concatenate([np.zeros(starts_at - position, np.float32), mono])
-                tail = np.concatenate([tail, mono])
-                position += len(mono)
-                if max_seconds is not None and position > max_seconds * rate:
-                    raise _too_long(path, position / rate, max_seconds)
-                if len(tail) > rate + MAX_CODER_PADDING:
-                    yield rate, tail[:-MAX_CODER_PADDING]
-                    tail = tail[-MAX_CODER_PADDING:]
-    except (av.error.FFmpegError, OSError) as error:
-        if not position:  # sound that breaks off is used up to there
-            raise UserError(f"{path} holds no readable audio ({_why(error)}): give a WAV, MP3, FLAC or MP4.") from error
-    if stream.duration:  # coders fill their last block with silence, and the container knows the true end
-        end = round((stream.duration * stream.time_base + start - zero) * rate)
-        if 0 < position - end < MAX_CODER_PADDING:
-            tail = tail[: max(len(tail) - (position - end), 0)]
-    yield rate, tail
-
-
-def _decode_what_can_be(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-    """The frames of every packet that is not broken; the time stamps tell where one is missing."""
-    for packet in container.demux(stream):
-        try:
-            yield from packet.decode()
-        except av.error.InvalidDataError:
-            continue
-
-
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
+    """What a library's error says, for a sentence of ours."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -241,14 +82,14 @@ class VideoReader:
     """
 
     def __init__(self, path, threads: int = 1, late: Fraction | int = 0):
-        self.path = _readable(path, "video")
+        self.path = readable_file(path, "video")
         self._late = Fraction(late)
         self.frames_decoded = 0
         try:
             self._container = av.open(str(self.path))
         except (av.error.FFmpegError, OSError) as error:
             raise UserError(
-                f"{self.path} cannot be opened as a video ({_why(error)}): it is truncated or no video, give another."
+                f"{self.path} cannot be opened as a video ({why(error)}): it is truncated or no video, give another."
             ) from error
         try:
             self._open_stream(threads)
@@ -475,7 +316,7 @@ class VideoWriter:
             )
         except (av.error.FFmpegError, OSError) as error:
             raise UserError(
-                f"{self.path} cannot be written ({_why(error)}): choose a folder you may write to."
+                f"{self.path} cannot be written ({why(error)}): choose a folder you may write to."
             ) from error
         try:
             self._add_streams()
@@ -550,7 +391,7 @@ class VideoWriter:
             self._partial.replace(self.path)
         except (av.error.FFmpegError, OSError) as failure:
             self._discard()
-            raise UserError(f"{self.path} could not be written ({_why(failure)}): is the disk full?") from failure
+            raise UserError(f"{self.path} could not be written ({why(failure)}): is the disk full?") from failure
         except BaseException:
             self._discard()
             raise
@@ -571,65 +412,9 @@ def save_video(frames: np.ndarray, path, fps: float, audio=None, metadata: dict[
 
 def read_metadata(path) -> dict[str, str]:
     """What a video file says of itself, by key. UserError: missing, empty, or no video that can be opened."""
-    path = _readable(path, "video")
+    path = readable_file(path, "video")
     try:
         with av.open(str(path)) as container:
             return dict(container.metadata)
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a video: give a whole MP4.") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def load_image(path, max_pixels: int | None = None) -> Image.Image:
-    """A picture as RGB, turned as its EXIF says, transparency over white.
-
-    UserError: missing, empty, not an image, under 64 pixels on a side, over max_pixels or too large to be meant
-    (decompression bomb); its size is known before it is decoded.
-    """
-    path = _readable(path, "image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURES) as file:
-                if max_pixels is not None and file.width * file.height > max_pixels:
-                    raise UserError(
-                        f"{path} is too large an image ({file.width} x {file.height} pixels, at most {max_pixels} are "
-                        "taken here): scale it down."
-                    )
-                image = ImageOps.exif_transpose(file)
-                image.load()
-    except UserError:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path} is too large an image (over {Image.MAX_IMAGE_PIXELS} pixels): scale it down."
-        ) from error
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-        raise UserError(f"{path} cannot be read as an image: give a whole PNG, JPEG or WebP file.") from error
-    return to_rgb(image, str(path))
-
-
-def to_rgb(image: Image.Image, where: str) -> Image.Image:
-    """Any mode as RGB, transparency over white. UserError, naming `where` it came from: under 64 pixels on a side."""
-    if min(image.size) < MIN_IMAGE_SIDE:
-        raise UserError(
-            f"{where} is {image.width} x {image.height} pixels: give at least {MIN_IMAGE_SIDE} on each side."
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow's own conversion would clip it at 255
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / max(values.max(), 1) * 255).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def resize_square(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [s, s, 3] to [size, size, 3]: area average down, Lanczos up."""
-    if image.shape[0] == size:
-        return image
-    filter_ = cv2.INTER_AREA if image.shape[0] > size else cv2.INTER_LANCZOS4
-    return cv2.resize(image, (size, size), interpolation=filter_)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sonic import media
+from sonic import pictures, sound
 from sonic.config import PageConfig, Settings, UserError
 
 SETTINGS_BYTES = 64_000  # a settings file has less than a thousand
@@ -93,12 +93,12 @@ def accounts(auth: str | None) -> list[tuple[str, str]] | None:
 
 def read_portrait(path: Path, limits: Limits) -> Image.Image:
     """An uploaded picture as RGB. UserError: no picture, too small, too large."""
-    return media.load_image(path, max_pixels=int(limits.max_image_megapixels * 1e6))
+    return pictures.load_image(path, max_pixels=int(limits.max_image_megapixels * 1e6))
 
 
 def read_speech(path: Path, limits: Limits) -> np.ndarray:
     """An uploaded sound as float32 [samples] at 16 kHz. UserError: no sound, too short, too long, too many channels."""
-    return media.load_audio(path, max_seconds=limits.max_audio_seconds)
+    return sound.load_audio(path, max_seconds=limits.max_audio_seconds)
 
 
 # -------------------------------------------------------------------------------------------------------------- the store

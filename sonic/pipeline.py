@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sonic import media
+from sonic import media, pictures, sound
 from sonic.animator import Animator, OnProgress, Stage, Told
 from sonic.animator import Progress as Progress  # callers of `generate` take them from here
 from sonic.animator import to_pictures as to_pictures
@@ -97,7 +97,7 @@ def make_extractor(config: SonicConfig) -> AudioExtractor:
 
 
 def _extract(audio: str | Path | np.ndarray, extractor: AudioExtractor) -> AudioFeatures:
-    speech = audio if isinstance(audio, np.ndarray) else media.load_audio(audio)
+    speech = audio if isinstance(audio, np.ndarray) else sound.load_audio(audio)
     if speech.ndim != 1 or speech.dtype.kind != "f":
         raise UserError(
             f"the speech is an array {speech.dtype} {speech.shape}, expected float32 [n] at 16 kHz, one channel"
@@ -108,7 +108,7 @@ def _extract(audio: str | Path | np.ndarray, extractor: AudioExtractor) -> Audio
 def as_image(image: ImageLike) -> Image.Image:
     """A path, a PIL image, or an array as `cv2.imread` gives it (BGR, BGRA or grey, uint8) -> RGB. Raises UserError otherwise."""
     if isinstance(image, str | Path):
-        return media.load_image(image)
+        return pictures.load_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
             raise UserError(
@@ -121,7 +121,7 @@ def as_image(image: ImageLike) -> Image.Image:
             image = Image.fromarray(cv2.cvtColor(image, order))
     elif not isinstance(image, Image.Image):
         raise UserError(f"the portrait must be a path, a PIL image or an array, not {type(image).__name__}")
-    return media.to_rgb(image, "the portrait")
+    return pictures.to_rgb(image, "the portrait")
 
 
 def save_video(

@@ -40,8 +40,8 @@ from sonic.data_report import write_report
 from sonic.flags import Checked, Parser, config_from, flag, number, run
 from sonic.judging import judge
 from sonic.measuring import Measured, measure
-from sonic.media import load_audio
 from sonic.pieces import Piece, Screening, by_step
+from sonic.sound import load_audio
 from sonic.track_cache import VERSION, entry_key, load_measured, make_folder, save_measured, write_whole
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}

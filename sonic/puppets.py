@@ -18,8 +18,9 @@ import numpy as np
 
 from sonic import flags
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, TICK_RATE, UserError
-from sonic.media import load_audio, save_video
+from sonic.media import save_video
 from sonic.puppet_drawing import Puppet
+from sonic.sound import load_audio
 from sonic.sync import at_ticks, band_energy, band_level, speech_power
 
 SPEECH_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4")

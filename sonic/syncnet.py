@@ -26,7 +26,8 @@ from scipy.ndimage import median_filter
 from torch import Tensor, nn
 
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, UserError
-from sonic.media import VideoReader, audio_stretches
+from sonic.media import VideoReader
+from sonic.sound import audio_stretches
 from sonic.track_cache import make_folder, write_whole
 from sonic.weights import content_hash
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from sonic import media
+from sonic import media, sound
 from sonic.clips import Clip
 from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig, UserError
 from sonic.denoiser import Denoiser, TrainingBatch
@@ -112,7 +112,7 @@ class Validation:
         truth = to_pictures(samples.frames(0))
         first, last = int(sample["ticks"][0]), int(sample["ticks"][-1]) + self.settings.frame_step
         first, last = first - clip.offset, last - clip.offset  # where these pictures are heard
-        speech = media.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
+        speech = sound.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
         beside = np.concatenate([truth, made], axis=2)
         media.save_video(beside, path, fps, speech)
         for tracker in trackers:

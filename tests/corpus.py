@@ -15,7 +15,8 @@ import av
 import numpy as np
 
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK
-from sonic.media import VideoReader, load_audio
+from sonic.media import VideoReader
+from sonic.sound import load_audio
 
 PUPPET = Path(__file__).parent.parent / "examples/clips/puppet_0000.mp4"
 TICKS = 40

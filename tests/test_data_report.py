@@ -14,9 +14,10 @@ from sonic.config import UserError
 from sonic.data_report import PICTURE_SIDE, choose, example, histogram, summary, write_report
 from sonic.faces import landmark_box
 from sonic.measuring import Measured
-from sonic.media import VideoReader, load_audio
+from sonic.media import VideoReader
 from sonic.pieces import Piece, Screening
 from sonic.report_page import CURVE_HEIGHT, LISTED, _points, text
+from sonic.sound import load_audio
 from sonic.sync import speech_levels, speech_power
 
 DATA = Path(__file__).parent / "data"

@@ -14,8 +14,9 @@ from PIL import Image
 
 import sonic_demo
 from sonic.flags import run
-from sonic.media import VideoReader, load_audio
+from sonic.media import VideoReader
 from sonic.portrait import prepare_portrait
+from sonic.sound import load_audio
 from sonic_implementation import (
     AudioFeatures,
     SonicConfig,

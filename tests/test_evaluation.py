@@ -16,7 +16,7 @@ from sonic import flags
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, UserError
 from sonic.evaluation import VideoFrames, as_dict, evaluate, main, table, write_report
 from sonic.faces import FaceTrack, detect_faces
-from sonic.media import VideoReader, load_audio, save_video
+from sonic.media import VideoReader, save_video
 from sonic.metrics import (
     BEST_PSNR,
     compare_identity,
@@ -30,6 +30,7 @@ from sonic.metrics import (
 )
 from sonic.motion import motion_buckets, motion_spread
 from sonic.puppets import Identity, Pose, clip_truth, draw, random_motion, render_clip, speech_to_mouth
+from sonic.sound import load_audio
 
 pytestmark = pytest.mark.filterwarnings("error")
 

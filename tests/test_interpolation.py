@@ -6,7 +6,8 @@ import torch
 
 from sonic.config import SAMPLE_RATE, UserError
 from sonic.interpolation import factor_for, interpolate, load_rife, rife_file
-from sonic.media import VideoReader, VideoWriter, load_audio
+from sonic.media import VideoReader, VideoWriter
+from sonic.sound import load_audio
 
 
 def moving_bar(count, side=64, step=4):

@@ -22,8 +22,9 @@ from sonic.checkpoints import BaseSizes, load_base, load_whisper, open_checkpoin
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.dataset import clip_square
 from sonic.latents import LatentFiles, cache_latents, gb_per_hour
-from sonic.media import VideoReader, load_audio, save_video
+from sonic.media import VideoReader, save_video
 from sonic.prepare import Share, prepare
+from sonic.sound import load_audio
 from sonic.training import Encoders, with_model_defaults
 from sonic.validation import Validation
 

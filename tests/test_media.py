@@ -1,160 +1,18 @@
-"""Media files: time stamps rule, seeking is cheap, what is written can be read, and bad files say what is wrong."""
+"""Video files: time stamps rule, seeking is cheap, what is written can be read, and bad files say what is wrong."""
 
-import struct
-from fractions import Fraction
 from pathlib import Path
 
 import av
-import librosa
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
+from media_files import grey, make_video, shown, tone
 
 from sonic.config import SAMPLE_RATE, UserError
-from sonic.media import VideoReader, VideoWriter, load_audio, load_image, save_video
+from sonic.media import VideoReader, VideoWriter, save_video
+from sonic.sound import load_audio
 
 TALKING = Path(__file__).parent / "data" / "talking_head_1.mp4"
-
-
-def grey(level: int, width: int = 64, height: int = 48) -> np.ndarray:
-    return np.full((height, width, 3), level, np.uint8)
-
-
-def tone(seconds: float, rate: int = SAMPLE_RATE, hertz: float = 440.0) -> np.ndarray:
-    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
-
-
-def make_video(
-    path, levels, times, *, sound=None, sound_start=0.0, keyframes=12, rotation=None, rate=25, codec="libx264"
-):
-    """Grey pictures of these levels at these times (seconds), with exact time stamps of 1/1000 s."""
-    with av.open(str(path), "w") as container:
-        video = container.add_stream(codec, rate=rate, options={"g": str(keyframes)})
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        video.codec_context.time_base = Fraction(1, 1000)
-        if rotation is not None:
-            video.set_display_rotation(rotation)
-        if sound is not None:
-            stream = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-        for level, time in zip(levels, times, strict=True):
-            picture = level if isinstance(level, np.ndarray) else grey(level)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        if sound is not None:
-            frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = SAMPLE_RATE, round(sound_start * SAMPLE_RATE)
-            frame.time_base = Fraction(1, SAMPLE_RATE)
-            container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-    return path
-
-
-def shown(path, ticks) -> list[int]:
-    with VideoReader(path) as reader:
-        return [round(float(picture.mean())) for picture in reader.read(ticks)]
-
-
-# ---------------------------------------------------------------------------------------------------------------- audio
-
-
-@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000, 96000])
-@pytest.mark.parametrize("channels", [1, 2, 6])
-def test_audio_equals_librosa(tmp_path, rate, channels):
-    samples = np.random.default_rng(rate + channels).normal(scale=0.1, size=(rate, channels))
-    soundfile.write(tmp_path / "a.wav", samples, rate)
-    expected = librosa.load(tmp_path / "a.wav", sr=SAMPLE_RATE, mono=True)[0]
-    found = load_audio(tmp_path / "a.wav")
-    assert found.dtype == np.float32
-    assert np.array_equal(found, expected)
-
-
-def test_audio_of_files_that_only_ffmpeg_reads(tmp_path):
-    sound = tone(1.0)
-    with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=48000, layout="5.1")
-        frame = av.AudioFrame.from_ndarray(np.tile(tone(1.0, 48000), (6, 1)), format="fltp", layout="5.1")
-        frame.sample_rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    found = load_audio(tmp_path / "a.m4a")
-    assert len(found) == len(sound)
-    assert np.abs(found - sound)[800:-800].mean() < 0.08  # the low-frequency channel loses the tone
-
-
-def test_sound_keeps_its_place_beside_the_pictures(tmp_path):
-    """A click 1.0 s into the file and a flash at the same moment, in files where either stream starts later."""
-    click = np.zeros(2 * SAMPLE_RATE, np.float32)
-    for video_start, sound_start in ((0.0, 0.0), (0.4, 0.0), (0.0, 0.4)):
-        sound = click.copy()
-        sound[round((1.0 - sound_start) * SAMPLE_RATE)] = 0.9
-        times = np.arange(video_start, 2.0, 0.04)
-        levels = [200 if abs(time - 1.0) < 0.02 else 30 for time in times]
-        path = make_video(tmp_path / "click.mkv", levels, times, sound=sound, sound_start=sound_start)
-        flash = int(np.argmax(shown(path, range(len(times)))))
-        heard = int(np.argmax(np.abs(load_audio(path)))) / 640
-        assert abs(flash - heard) < 1, (video_start, sound_start, flash, heard)
-
-
-def test_broken_samples_are_silence_but_not_all_of_them(tmp_path):
-    samples = tone(0.5)
-    samples[100:200] = np.nan
-    soundfile.write(tmp_path / "some.wav", samples, SAMPLE_RATE, subtype="FLOAT")
-    found = load_audio(tmp_path / "some.wav")
-    assert np.isfinite(found).all() and not found[100:200].any() and found[300] == samples[300]
-    soundfile.write(tmp_path / "all.wav", np.full(16000, np.nan), SAMPLE_RATE, subtype="FLOAT")
-    with pytest.raises(UserError, match="every sample is NaN"):
-        load_audio(tmp_path / "all.wav")
-
-
-def test_bad_audio_says_why(tmp_path):
-    (tmp_path / "empty.wav").touch()
-    (tmp_path / "text.wav").write_text("hello, I am no sound" * 100)
-    soundfile.write(tmp_path / "short.wav", tone(0.19), SAMPLE_RATE)
-    soundfile.write(tmp_path / "none.wav", tone(0.0), SAMPLE_RATE)
-    make_video(tmp_path / "mute.mp4", [9] * 10, np.arange(10) / 25)
-    reasons = {
-        "missing.wav": "does not exist",
-        "empty.wav": "empty",
-        "text.wav": "no readable audio",
-        "short.wav": "shorter than 0.2 s",
-        "none.wav": "shorter than 0.2 s",
-        "mute.mp4": "no audio stream",
-        ".": "folder",
-    }
-    for name, reason in reasons.items():
-        with pytest.raises(UserError, match=reason):
-            load_audio(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("channels", "rate"), [(1, 0), (1, 1), (1, 999), (1, 768_001), (1, 2**31 - 1), (1, 2**32 - 1), (0, 16000)]
-)
-def test_a_header_that_claims_an_absurd_rate_is_refused(tmp_path, channels, rate):
-    soundfile.write(tmp_path / "a.wav", tone(0.5), SAMPLE_RATE)
-    content = bytearray((tmp_path / "a.wav").read_bytes())
-    struct.pack_into("<HI", content, 22, channels, rate)  # the WAV header's places for them
-    (tmp_path / "a.wav").write_bytes(content)
-    with pytest.raises(UserError, match=r"which no sound has|no readable audio"):
-        load_audio(tmp_path / "a.wav")
-
-
-@pytest.mark.parametrize(("rate", "reason"), [(500, "500 Hz"), (1_000_000, "1000000 Hz"), (48_000, None)])
-def test_a_header_that_only_ffmpeg_reads_is_checked_too(tmp_path, rate, reason):
-    with av.open(str(tmp_path / "a.mka"), "w", format="matroska") as container:
-        stream = container.add_stream("pcm_s16le", rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, rate), np.int16), format="s16", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    if reason is None:
-        assert len(load_audio(tmp_path / "a.mka")) == SAMPLE_RATE
-    else:
-        with pytest.raises(UserError, match=reason):
-            load_audio(tmp_path / "a.mka")
-
 
 # ---------------------------------------------------------------------------------------------------------- video, read
 
@@ -306,51 +164,3 @@ def test_nothing_half_written_is_left(tmp_path):
     for path in (tmp_path / "file" / "o.mp4", tmp_path):
         with pytest.raises(UserError), VideoWriter(path, 25, 64, 48):
             pass
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
-    colour = Image.new("RGB", (80, 70), (200, 40, 40))
-    colour.paste((20, 20, 220), (0, 0, 40, 70))
-    colour.save(tmp_path / "rgb.png")
-    colour.convert("L").save(tmp_path / "grey.png")
-    colour.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
-    colour.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    Image.fromarray(np.full((70, 80), 40000, np.uint16)).save(tmp_path / "deep.png")
-    for name in ("rgb.png", "grey.png", "palette.png", "cmyk.jpg", "deep.png"):
-        image = load_image(tmp_path / name)
-        assert (image.mode, image.size) == ("RGB", (80, 70)), name
-    for name in ("rgb.png", "palette.png", "cmyk.jpg"):
-        found = np.asarray(load_image(tmp_path / name)).astype(int)
-        assert np.abs(found - np.asarray(colour)).mean() < 6, name
-    half = Image.new("RGBA", (80, 70), (0, 0, 0, 0))
-    half.save(tmp_path / "clear.png")
-    assert np.asarray(load_image(tmp_path / "clear.png")).min() == 255  # nothing, over white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    colour.save(tmp_path / "exif.jpg", exif=exif, quality=95)
-    turned = load_image(tmp_path / "exif.jpg")
-    assert turned.size == (70, 80)
-    assert turned.getpixel((35, 5))[2] > 150 and turned.getpixel((35, 75))[0] > 150
-
-
-def test_bad_pictures_say_why(tmp_path, monkeypatch):
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "text.jpg").write_text("no picture")
-    Image.new("RGB", (63, 200)).save(tmp_path / "small.png")
-    Image.effect_noise((300, 300), 50).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:9000])
-    for name, reason in {
-        "missing.png": "does not exist",
-        "empty.png": "empty",
-        "text.jpg": "cannot be read as an image",
-        "cut.png": "cannot be read as an image",
-        "small.png": "63 x 200",
-    }.items():
-        with pytest.raises(UserError, match=reason):
-            load_image(tmp_path / name)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match="too large"):
-        load_image(tmp_path / "whole.png")

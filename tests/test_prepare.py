@@ -16,8 +16,9 @@ import sonic.prepare
 import sonic.track_cache
 from sonic.clips import Clip, hold_out
 from sonic.config import UserError
-from sonic.media import VideoReader, load_audio, save_video
+from sonic.media import VideoReader, save_video
 from sonic.prepare import PreparedData, find_videos, prepare
+from sonic.sound import load_audio
 
 DATA = Path(__file__).parent / "data"
 SIZES = {"num_frames": 10, "frame_step": 2, "progress": False}

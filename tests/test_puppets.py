@@ -11,7 +11,7 @@ import soundfile
 from sonic import flags, puppets
 from sonic.config import SAMPLE_RATE, UserError
 from sonic.faces import detect_faces
-from sonic.media import VideoReader, load_audio
+from sonic.media import VideoReader
 from sonic.metrics import follow
 from sonic.motion import motion_spread
 from sonic.puppets import (
@@ -29,6 +29,7 @@ from sonic.puppets import (
     render_clip,
     speech_to_mouth,
 )
+from sonic.sound import load_audio
 
 
 def identity(seed):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from sonic import media
+from sonic import pictures, sound
 from sonic.adapters import AudioBucket, AudioToken
 from sonic.audio import WhisperFeatures, frame_ticks, long_windows, short_windows
 from sonic.checkpoints import PARTS, Architecture, BaseModels
@@ -151,7 +151,7 @@ def test_portrait(folder):
     expected, config = case.call("expected"), case.config
     x, y, width, height = config["face_box_xywh"]
     box = (x, y, x + width, y + height)
-    image = media.load_image(folder / "portrait.png")
+    image = pictures.load_image(folder / "portrait.png")
     clip_size = config["image_encoder"]["image_size"]
     portrait = prepare_portrait(image, config["image_size"], box, clip_size=clip_size)
     for found, name in (
@@ -171,7 +171,7 @@ def test_speech(folder):
     with init_empty_weights():
         encoder = WhisperEncoder(WhisperConfig.from_dict(config["whisper"]))
     extractor = WhisperFeatures(case.model("whisper_encoder", encoder))
-    speech = media.load_audio(folder / "speech.wav")
+    speech = sound.load_audio(folder / "speech.wav")
     features = extractor(speech)
     assert len(features) == 2 * config["audio_len_25fps"] == 2 * (len(speech) // 640)
     ticks = frame_ticks(features, config["frame_step"])

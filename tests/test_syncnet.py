@@ -8,9 +8,10 @@ import torch
 
 from sonic import syncnet
 from sonic.config import UserError
-from sonic.media import VideoReader, load_audio, save_video
+from sonic.media import VideoReader, save_video
 from sonic.pieces import Screening
 from sonic.prepare import prepare
+from sonic.sound import load_audio
 from sonic.syncnet import FACE_SIDE, GREY, SyncNet, best_offset, face_crops, load_syncnet, mfcc, syncnet_offset
 
 # Rows 0 and 8 of what python_speech_features 0.6 makes of the speech in the test below, as 16-bit samples.
