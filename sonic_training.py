@@ -39,6 +39,7 @@ from sonic.checkpoints import (
 )
 from sonic.clips import Clip, hold_out
 from sonic.config import NO_CROP, TrainingConfig, UserError
+from sonic.files import atomic_folder
 from sonic.flags import Parser, config_from, given, run
 from sonic.latents import CachedLatents, cache_latents, gb_per_hour
 from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
@@ -82,7 +83,7 @@ from sonic.training import (
     with_model_defaults,
 )
 from sonic.validation import Validation
-from sonic.weights import atomic_folder, locate
+from sonic.weights import locate
 
 WINDOWS_TO_FIT = 4096  # of audio features, for --init_audio2token
 

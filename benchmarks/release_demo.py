@@ -20,8 +20,9 @@ from release_size import make_folders, peak_of
 
 from sonic.checkpoints import open_checkpoint, save_released
 from sonic.config import SAMPLES_PER_TICK
+from sonic.files import atomic_folder
 from sonic.flags import run
-from sonic.weights import ROOT, atomic_folder
+from sonic.weights import ROOT
 
 FRAMES, FRAME_STEP = 6, 2
 

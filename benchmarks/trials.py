@@ -26,8 +26,9 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from sonic.checkpoints import create_checkpoint
 from sonic.config import PRESETS
+from sonic.files import atomic_folder
 from sonic.flags import run
-from sonic.weights import ROOT, atomic_folder
+from sonic.weights import ROOT
 
 POSITIONS = "model.encoder.embed_positions.weight"
 FITTED = {"init_audio2token": True}

@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from sonic.checkpoints import create_checkpoint, open_checkpoint, save_model
 from sonic.config import PRESETS, SHIPPED, UserError
+from sonic.files import atomic_folder
 from sonic.flags import run
 from sonic.run_log import read_log
-from sonic.weights import ROOT, atomic_folder
+from sonic.weights import ROOT
 
 # What decides how good the model gets, and how long it takes.
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sonic.config import SAMPLES_PER_TICK, TICK_RATE, UserError
+from sonic.files import whole_file
 from sonic.media import VideoReader, VideoWriter
 from sonic.sound import audio_stretches
 from sonic.track_cache import make_folder
@@ -184,14 +184,12 @@ def _cut(reader: VideoReader, sound: np.ndarray, clip: Annotated, target: Path, 
     x0, y0, x1, y1 = clip_box(clip.box, reader.info.width, reader.info.height)
     if x1 <= x0:
         raise ValueError("its box has no pixels in this video")
-    own = target.with_name(f".{target.stem}.{os.getpid()}.mp4")  # two runs may cut the same clip
-    try:
-        with VideoWriter(own, TICK_RATE, x1 - x0, y1 - y0, sound, {"comment": made_of}, crf=CRF) as writer:
-            for _, picture in reader.frames(range(clip.start, end)):
-                writer.write(picture[None, y0:y1, x0:x1])
-        own.replace(target)
-    finally:
-        own.unlink(missing_ok=True)
+    with (
+        whole_file(target) as own,  # two runs may cut the same clip
+        VideoWriter(own, TICK_RATE, x1 - x0, y1 - y0, sound, {"comment": made_of}, crf=CRF) as writer,
+    ):
+        for _, picture in reader.frames(range(clip.start, end)):
+            writer.write(picture[None, y0:y1, x0:x1])
 
 
 def _made_of(path: Path) -> str | None:

@@ -25,6 +25,7 @@ from sonic.adapters import AudioBucket, AudioToken
 from sonic.audio import AudioExtractor, WhisperFeatures
 from sonic.config import BASE_MODEL, WHISPER, Preset, Settings, UserError
 from sonic.denoiser import Denoiser
+from sonic.files import restore
 from sonic.unet import SonicUNet
 from sonic.weights import (
     described_by,
@@ -36,7 +37,6 @@ from sonic.weights import (
     read_json,
     read_tensors,
     remembered,
-    restore,
     tensors_of,
 )
 
@@ -432,6 +432,6 @@ def training_checkpoints(output_dir: Path) -> list[Path]:
     for half in output_dir.glob(".checkpoint-*.deleted"):
         shutil.rmtree(half, ignore_errors=True)  # another process of the run may be at it, too
     for old in output_dir.glob(".checkpoint-*.old"):
-        restore(old, output_dir / old.name.removeprefix(".").removesuffix(".old"))
+        restore(output_dir / old.name.removeprefix(".").removesuffix(".old"))
     steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
     return [output_dir / f"checkpoint-{step}" for step in sorted(map(int, filter(str.isdigit, steps)))]

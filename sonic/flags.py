@@ -22,6 +22,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sonic.files import whole_file
+
 
 class UserError(ValueError):
     """Something the person at the keyboard can mend. The scripts print its one sentence and exit with code 2."""
@@ -285,14 +287,11 @@ class Parser(argparse.ArgumentParser):
                 lines += [
                     f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}" for name, value in values.items()
                 ]
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            partial.replace(path)
+            with whole_file(path) as partial:
+                partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise UserError(f"--save_config cannot write '{path}' ({error.strerror}): give another file") from None
 
 

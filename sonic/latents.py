@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from sonic.checkpoints import BaseModels, BaseSizes, load_base
 from sonic.clips import Clip
 from sonic.config import TICK_RATE, TrainingConfig, UserError
 from sonic.dataset import VAE_FACTOR, SonicDataset, clip_square, cut, mirror, pixels
+from sonic.files import whole_file
 from sonic.media import VideoReader
 from sonic.pictures import resize_square
 from sonic.portrait import clip_pixels
@@ -97,12 +97,10 @@ class LatentFiles:
 
     def write(self, path: Path, latents: Tensor, embeddings: Tensor) -> None:
         """Whole or not at all."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            save_file({"latents": latents, "embeddings": embeddings}, partial)
-            partial.replace(path)
+            with whole_file(path) as partial:
+                save_file({"latents": latents, "embeddings": embeddings}, partial)
         except (SafetensorError, OSError) as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"{path} cannot be written ({error}): give another --cache_dir") from error
 
     def read(self, clip: Clip, name: str, first: int, last: int, mirrored: bool) -> Tensor:

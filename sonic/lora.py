@@ -23,17 +23,9 @@ from sonic.audio import AudioExtractor, load_extractor
 from sonic.checkpoints import Checkpoint, open_checkpoint, save_index, save_model, save_released
 from sonic.config import UserError
 from sonic.denoiser import Denoiser
+from sonic.files import atomic_folder
 from sonic.unet import SonicUNet
-from sonic.weights import (
-    ROOT,
-    atomic_folder,
-    content_hash,
-    described_by,
-    fill_strict,
-    portable,
-    read_json,
-    read_tensors,
-)
+from sonic.weights import ROOT, content_hash, described_by, fill_strict, portable, read_json, read_tensors
 
 CONFIG, MATRICES = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 WHOLE = "trained_whole.safetensors"

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from sonic.config import FEATURES_PER_TICK, TICK_RATE, UserError
 from sonic.dataset import WINDOW_REACH
+from sonic.files import whole_file
 from sonic.media import VideoReader, clock_zero, first_video_stream
 from sonic.track_cache import make_folder, write_whole
 
@@ -70,9 +70,13 @@ def _write_shard(path: Path, clips: Sequence[Clip], extractor_name: str) -> list
     if path.exists() and (before := _read_listing(listing)) and before["made_of"] == made_of:
         return [(name, reason) for name, reason in before["left_out"]]
     listing.unlink(missing_ok=True)  # it would speak of another tar
-    left_out, partial = [], path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    left_out = []
     try:
-        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar, tempfile.TemporaryDirectory() as scratch:
+        with (
+            whole_file(path) as partial,
+            tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
             for number, clip in enumerate(clips):
                 key = f"{path.stem}-{number:04d}"
                 try:
@@ -86,11 +90,8 @@ def _write_shard(path: Path, clips: Sequence[Clip], extractor_name: str) -> list
                     )  # no times, no owners: the same clips give the same bytes
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another --export_shards") from error
-    finally:
-        partial.unlink(missing_ok=True)
     write_whole(listing, (json.dumps({"made_of": made_of, "left_out": left_out}, indent=1) + "\n").encode())
     return left_out
 

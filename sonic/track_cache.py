@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sonic.config import UserError
+from sonic.files import whole_file
 from sonic.measuring import CURVES, Measured, curve_length
 
 VERSION = 2  # of measurements; raise it when they would come out otherwise, and cached ones are made anew
@@ -43,13 +43,11 @@ def make_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all, also when two runs write the same file."""
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    """Whole or not at all, also when two runs write the same file. UserError: it cannot be written."""
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}): give another --cache_dir.") from error
 
 

@@ -34,9 +34,9 @@ from sonic.clips import Clip
 from sonic.config import Settings, TrainingConfig, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
+from sonic.files import remove_folder
 from sonic.run_log import PROVENANCE, RunState
 from sonic.trainable import Trained
-from sonic.weights import remove_folder
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sonic.config import UserError
-from sonic.weights import atomic_folder, remove_folder
+from sonic.files import atomic_folder, remove_folder
 
 KEEP_EVERY = 120.0  # seconds between two states; a shorter run keeps none
 LATENTS, INDEX = "latents-{}.npy", "state.json"

@@ -1,13 +1,11 @@
-"""Weights and configurations on disk: where they lie, strict loads that name what is wrong, folders that appear whole."""
+"""Weights and configurations on disk: where they lie, and strict loads that name what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
 import pickle
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sonic.config import DOWNLOADS, UserError
+from sonic.files import whole_file
 
 # The project's own folder: its checkpoints/ is found from any current folder.
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,13 +125,11 @@ def remembered(memo: Path, folder: Path, stem: str, name: Callable[[Path], str])
     stamp = [path.name, status.st_size, status.st_mtime_ns]
     if entry.get("stamp") != stamp:
         known[str(folder)] = entry = {"name": name(path), "stamp": stamp}
-        partial = memo.with_name(f".{memo.name}.{os.getpid()}.partial")
         try:
             memo.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(known, indent=1) + "\n")
-            partial.replace(memo)
+            with whole_file(memo) as partial:
+                partial.write_text(json.dumps(known, indent=1) + "\n")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"'{memo}' cannot be written ({error.strerror}): give another --cache_dir") from error
     return entry["name"]
 
@@ -183,57 +180,3 @@ def fill_strict(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor],
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's state dict as safetensors takes it: on the CPU, contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """Gives a temporary folder to fill, which takes the name `path` at the end and not before: a kill leaves the old state.
-
-    A folder that already has that name is replaced. Of several processes that fill it together, one is `main`, and `wait`
-    is their barrier.
-    """
-    unfinished, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    try:
-        if main:
-            restore(old, path)
-            remove_folder(unfinished)
-            unfinished.mkdir(parents=True)
-        wait()
-        yield unfinished
-        wait()
-        if main:
-            for file in [*unfinished.rglob("*"), unfinished]:
-                _flush(file)
-            if path.exists():
-                path.rename(old)
-            unfinished.rename(path)
-            _flush(path.parent)
-        wait()
-    finally:
-        if main:
-            restore(old, path)
-            remove_folder(unfinished)
-
-
-def restore(old: Path, path: Path) -> None:
-    """Between two renames there is a moment without `path`; if that was the end, the old folder takes its name again."""
-    if old.exists() and not path.exists():
-        old.rename(path)
-    remove_folder(old)
-
-
-def remove_folder(folder: Path) -> None:
-    """Deletes a folder that may not exist. One with a visible name loses that first: a kill on the way leaves no half of it."""
-    if folder.exists():
-        if not folder.name.startswith("."):
-            folder = folder.rename(folder.with_name(f".{folder.name}.deleted"))
-        shutil.rmtree(folder)
-
-
-def _flush(path: Path) -> None:
-    """Asks the operating system to put a file's or folder's content on the disk before the rename that makes it count."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

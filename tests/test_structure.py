@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from conftest import ROOT
@@ -16,6 +17,7 @@ def listed() -> list[str]:
     return re.findall(r"^  (\w+)\.py  ", (ROOT / "docs/structure.md").read_text(), re.MULTILINE)
 
 
+@lru_cache
 def imported(path: Path) -> set[str]:
     """The full names that a file imports, also inside functions, but not for annotations alone."""
     found, nodes = set(), [ast.parse(path.read_text())]
