@@ -220,7 +220,7 @@ def _folder(cache_dir: Path, config: TrainingConfig, base: Path, dtype: torch.dt
         kind = {"version": VERSION, "resolution": config.resolution, "precision": STORED[dtype]}
         for part, stem in WEIGHTS.items():
             kind[part] = remembered(latents / "weights.json", base / part, stem, content_hash)
-            kind[f"{part} config"] = content_hash(base / part / "config.json")
+            kind[f"{part} config"] = _settings(base / part / "config.json")
         kinds.append(kind)
     (kind,) = share.gather(kinds)
     digest = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:12]
@@ -230,6 +230,11 @@ def _folder(cache_dir: Path, config: TrainingConfig, base: Path, dtype: torch.dt
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give another --cache_dir") from error
     return folder
+
+
+def _settings(config: Path) -> dict:
+    """What a model's config.json says of the model, without who wrote the file and from where it was loaded."""
+    return {name: value for name, value in json.loads(config.read_text()).items() if not name.startswith("_")}
 
 
 def _parts(clip: Clip, files: LatentFiles, kinds: Sequence[bool]) -> Iterator[_Part]:

@@ -367,13 +367,17 @@ def test_what_the_key_depends_on(clips, fresh, tiny, tmp_path):
         return sonic.latents._folder(fresh, config, base, dtype, Share()).name
 
     moved = shutil.copytree(tiny / "base", tmp_path / "moved", copy_function=shutil.copyfile)
-    assert folder() == folder(moved)  # what the files hold counts, not where they lie
+    written = json.loads((moved / "vae/config.json").read_text())
+    (moved / "vae/config.json").write_text(json.dumps(written | {"_name_or_path": "elsewhere"}))
+    assert folder() == folder(moved)  # what the files hold counts, not where they lie, nor who wrote them
     others = {folder(), folder(dtype=torch.bfloat16)}
     tensors = load_file(moved / "vae/diffusion_pytorch_model.safetensors")
     tensors["encoder.conv_in.bias"] = tensors["encoder.conv_in.bias"] + 1
     save_file(tensors, moved / "vae/diffusion_pytorch_model.safetensors")
     others |= {folder(moved), folder(resolution=128)}
-    assert len(others) == 4
+    (moved / "vae/config.json").write_text(json.dumps(written | {"scaling_factor": 2}))
+    others.add(folder(moved))
+    assert len(others) == 5
 
     files = LatentFiles(fresh, 64, BaseSizes.of(tiny / "base"), torch.float32)
     names = {files.path(clips[0], 0, False), files.path(clips[0], 0, True), files.path(clips[0], 7, False)}
