@@ -38,7 +38,7 @@ from sonic.checkpoints import (
     training_checkpoints,
 )
 from sonic.clips import Clip, hold_out
-from sonic.config import NO_CROP, TrainingConfig, UserError
+from sonic.config import NO_CROP, UserError
 from sonic.files import atomic_folder
 from sonic.flags import Parser, config_from, given, run
 from sonic.latents import CachedLatents, cache_latents, gb_per_hour
@@ -82,6 +82,7 @@ from sonic.training import (
     total_loss,
     with_model_defaults,
 )
+from sonic.training_config import TrainingConfig
 from sonic.validation import Validation
 from sonic.weights import locate
 

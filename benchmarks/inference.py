@@ -33,12 +33,13 @@ from training import matrix_rate, sizes, timed
 
 from sonic.blocks import lay_out
 from sonic.checkpoints import Architecture, BaseModels
-from sonic.config import KEY_MEMORY, TICK_RATE, Preset, Settings
+from sonic.config import KEY_MEMORY, TICK_RATE, Settings
 from sonic.denoiser import Denoiser, Portrait
 from sonic.flags import run
 from sonic.guided import Branches, Speech
 from sonic.memory import used_memory
 from sonic.pipeline import DTYPES, Animator, compile_unet
+from sonic.presets import Preset
 
 IMAGE_SIDE = {"cpu": 256, "mini": 128, "release": 512}  # pixels
 WANTED = [0, 1, 2]

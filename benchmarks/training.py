@@ -36,13 +36,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH
 from sonic.checkpoints import Architecture, BaseModels
-from sonic.config import PRESETS, Preset, TrainingConfig
 from sonic.denoiser import per_clip, scalings
 from sonic.flags import run
 from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
+from sonic.presets import PRESETS, Preset
 from sonic.trainable import PRECISIONS
 from sonic.training import Draw, EncodedClip, Encoders, total_loss
+from sonic.training_config import TrainingConfig
 
 MATRIX = 4096  # rows and columns of the product that the device's rate is measured with
 VAE_BATCH = 8  # frames that the plain loop encodes at once

@@ -8,7 +8,8 @@ import soundfile
 import torch
 
 from sonic.checkpoints import create_checkpoint
-from sonic.config import SCHEDULER, Preset, Settings
+from sonic.config import Settings
+from sonic.presets import SCHEDULER, Preset
 
 torch.set_num_threads(1)  # the tiny model has nothing to share out; more threads only wait for each other
 

@@ -19,13 +19,14 @@ import sonic.latents
 import sonic.prepare
 import sonic_training
 from sonic.checkpoints import BaseSizes, load_base, load_whisper, open_checkpoint
-from sonic.config import Settings, TrainingConfig, UserError
+from sonic.config import Settings, UserError
 from sonic.dataset import clip_square
 from sonic.latents import LatentFiles, cache_latents, gb_per_hour
 from sonic.media import VideoReader, save_video
 from sonic.prepare import Share, prepare
 from sonic.sound import load_audio
 from sonic.training import Encoders, with_model_defaults
+from sonic.training_config import TrainingConfig
 from sonic.validation import Validation
 
 CPU = torch.device("cpu")

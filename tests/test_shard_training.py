@@ -8,8 +8,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 import sonic.prepare
 import sonic_training
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.shard_stream import shard_list
+from sonic.training_config import TrainingConfig
 
 pytest.importorskip("webdataset", reason="pip install webdataset")
 

@@ -25,11 +25,12 @@ from test_training import (  # noqa: F401
 import sonic.lora
 import sonic_training
 from sonic.checkpoints import open_checkpoint
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.memory import Estimator
 from sonic.optimizers import Muon, make_optimizer
 from sonic.trainable import Trained, choose
 from sonic.training import with_model_defaults
+from sonic.training_config import TrainingConfig
 from sonic.unet import SonicUNet
 from sonic.validation import Validation
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 import sonic_training
 from sonic.checkpoints import PARTS, load_base, load_whisper, open_checkpoint
 from sonic.clips import hold_out
-from sonic.config import Settings, TrainingConfig, UserError
+from sonic.config import Settings, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Losses
 from sonic.media import VideoReader
@@ -35,6 +35,7 @@ from sonic.training import (
     total_loss,
     with_model_defaults,
 )
+from sonic.training_config import TrainingConfig
 from sonic.validation import Validation, face_loss
 
 
