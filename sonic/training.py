@@ -242,6 +242,12 @@ def resume_state(accelerator: Accelerator, folder: Path) -> None:
         ) from error
 
 
+def keep_model_out_of_state(accelerator: Accelerator) -> None:
+    """Weights are saved once, in our own form, and loaded from there before accelerate restores the rest."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+
 def save_training_checkpoint(
     folder: Path, accelerator: Accelerator, trained: Trained, state: RunState, made_of: dict
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from test_training import flags, losses, same, weights
 
-from sonic_training import make_output_dir
+from sonic.run_setup import make_output_dir
 
 STEPS = 9
 BATCH = {"train_batch_size": 2, "save_steps": 1, "max_train_steps": STEPS}

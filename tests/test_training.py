@@ -23,6 +23,7 @@ from sonic.media import VideoReader
 from sonic.pieces import Screening
 from sonic.prepare import prepare
 from sonic.run_log import Log, RunState
+from sonic.run_setup import for_this_run
 from sonic.training import (
     BUCKET_LOSS_WEIGHT,
     Encoders,
@@ -378,7 +379,7 @@ def test_shift_of_a_run_follows_its_frame_rate(tiny, frame_step, shift):
     """SPEC.md section 5: 3 for 25 fps models, 7 for 12.5 fps as the released weights."""
     start = open_checkpoint(tiny)
     config = with_model_defaults(TrainingConfig(data_root="x", frame_step=frame_step), start.settings)
-    assert sonic_training.for_this_run(start, config, Screening()).settings.shift_offset == shift
+    assert for_this_run(start, config, Screening()).settings.shift_offset == shift
 
 
 def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):
