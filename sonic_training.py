@@ -27,6 +27,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sonic.animator import Animator
 from sonic.audio import load_extractor
 from sonic.checkpoints import Checkpoint, LazyWhisper, load_base, training_checkpoints
 from sonic.clips import Clip, hold_out
@@ -37,7 +38,6 @@ from sonic.latents import CachedLatents, cache_latents
 from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
 from sonic.pieces import Screening
-from sonic.pipeline import Animator
 from sonic.prepare import Share, screening_for
 from sonic.run_log import (
     TOO_MANY,

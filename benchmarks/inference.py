@@ -31,14 +31,15 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNet
 from torch.utils.flop_counter import FlopCounterMode
 from training import matrix_rate, sizes, timed
 
-from sonic.blocks import lay_out
+from sonic.animator import Animator
+from sonic.blocks import compile_unet, lay_out
 from sonic.checkpoints import Architecture, BaseModels
 from sonic.config import KEY_MEMORY, TICK_RATE, Settings
 from sonic.denoiser import Denoiser, Portrait
 from sonic.flags import run
 from sonic.guided import Branches, Speech
 from sonic.memory import used_memory
-from sonic.pipeline import DTYPES, Animator, compile_unet
+from sonic.pipeline import DTYPES
 from sonic.presets import Preset
 
 IMAGE_SIDE = {"cpu": 256, "mini": 128, "release": 512}  # pixels
