@@ -10,9 +10,8 @@ import psutil
 import pytest
 import torch
 from conftest import EXAMPLES
+from runs import finish, flags, losses, start
 from safetensors.torch import load_file, save_file
-from test_processes import finish, start
-from test_training import flags, fresh_accelerate, losses  # noqa: F401 (a fixture for every test here too)
 from torch.utils.data import default_collate
 
 import sonic.latents
@@ -28,6 +27,8 @@ from sonic.sound import load_audio
 from sonic.training import Encoders, with_model_defaults
 from sonic.training_config import TrainingConfig
 from sonic.validation import Validation
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CPU = torch.device("cpu")
 TICKS = 26
