@@ -26,7 +26,7 @@ def fresh():
 
 
 def flags(tiny, clips, cache, output, **more):
-    """Arguments of a short run; what is None is left away."""
+    """Arguments of a short run."""
     given = {
         "model_path": tiny,
         "data_root": clips,
@@ -41,8 +41,7 @@ def flags(tiny, clips, cache, output, **more):
         **more,
     }
     switches = [f"--{name}" for name, value in given.items() if value is True]
-    valued = {name: value for name, value in given.items() if value is not True and value is not None}
-    return switches + [text for name, value in valued.items() for text in (f"--{name}", str(value))]
+    return switches + [text for name, value in given.items() if value is not True for text in (f"--{name}", str(value))]
 
 
 def losses(output):

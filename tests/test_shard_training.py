@@ -1,8 +1,10 @@
 """Training on shards: the command exports them, a run streams them, goes on from a checkpoint, and validates on a folder."""
 
+import json
+
 import pytest
 import torch
-from runs import flags, fresh, losses
+from runs import fresh
 
 import sonic.prepare
 import sonic_training
@@ -24,33 +26,50 @@ def shards(tiny, clips, cache, tmp_path_factory) -> str:
     return str(folder / "shard-{000000..000001}.tar")
 
 
-def shard_flags(tiny, shards, output, **more) -> list[str]:
-    own = {"data_shards": shards, "shard_buffer": 2, "max_train_steps": 3, "save_steps": 3}
-    return flags(tiny, None, output / "cache", output, **own | more)
+def flags(tiny, shards, output, **more) -> list[str]:
+    given = {
+        "model_path": tiny,
+        "data_shards": shards,
+        "cache_dir": output / "cache",
+        "output_dir": output,
+        "learning_rate": 1e-3,
+        "max_train_steps": 3,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "validation_steps": 0,
+        "num_workers": 0,
+        "shard_buffer": 2,
+    } | more
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def losses(output) -> dict[int, float]:
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def test_a_run_on_shards_trains_and_goes_on(tiny, shards, tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
-    sonic_training.main(shard_flags(tiny, shards, one))
+    sonic_training.main(flags(tiny, shards, one))
     assert "clips out of 2 shards, 0 held-out clips" in capsys.readouterr().out
     assert (one / "checkpoint-3" / "unet.safetensors").exists() and (one / "config.json").exists()
     fresh()
-    sonic_training.main(shard_flags(tiny, shards, two))
+    sonic_training.main(flags(tiny, shards, two))
     assert losses(one) == losses(two) and all(torch.tensor(list(losses(one).values())).isfinite())
     fresh()
-    sonic_training.main(shard_flags(tiny, shards, one, max_train_steps=4, resume_from_checkpoint="latest"))
+    sonic_training.main(flags(tiny, shards, one, max_train_steps=4, resume_from_checkpoint="latest"))
     assert list(losses(one)) == [1, 2, 3, 4]
 
 
 def test_a_folder_beside_shards_is_for_validation(tiny, shards, clips, cache, tmp_path, capsys):
     more = {"data_root": clips, "cache_dir": cache, "validation_steps": 2, "max_train_steps": 2}
-    sonic_training.main(shard_flags(tiny, shards, tmp_path, **more))
+    sonic_training.main(flags(tiny, shards, tmp_path, **more))
     said = capsys.readouterr().out
     assert "clips out of 2 shards, 3 held-out clips" in said and "validation_loss" in said
 
 
 def test_a_dry_run_counts_the_shards(tiny, shards, tmp_path, capsys):
-    sonic_training.main([*shard_flags(tiny, shards, tmp_path / "out"), "--dry_run"])
+    sonic_training.main([*flags(tiny, shards, tmp_path / "out"), "--dry_run"])
     assert f"data: {len(shard_list(shards))} shards" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
