@@ -15,7 +15,8 @@ save_video(video, "output.mp4")
 
 from sonic.audio import AudioExtractor
 from sonic.config import SonicConfig, UserError
-from sonic.pipeline import AudioFeatures, SonicPipeline, SonicVideo, extract_audio_features, save_video
+from sonic.in_and_out import AudioFeatures, SonicVideo, extract_audio_features, save_video
+from sonic.pipeline import SonicPipeline
 
 __all__ = [
     "AudioExtractor",

@@ -16,37 +16,29 @@ Exit codes: 0 done; 2 wrong flags, input or losses; 130 Ctrl-C and 143 SIGTERM, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import tempfile
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sonic.animator import Animator
 from sonic.audio import load_extractor
-from sonic.checkpoints import (
-    Checkpoint,
-    LazyWhisper,
-    load_base,
-    training_checkpoints,
-)
+from sonic.checkpoints import Checkpoint, LazyWhisper, load_base, training_checkpoints
 from sonic.clips import Clip, hold_out
-from sonic.config import NO_CROP, TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.files import atomic_folder
 from sonic.flags import Parser, config_from, given, run
-from sonic.latents import CachedLatents, cache_latents, gb_per_hour
-from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
+from sonic.latents import CachedLatents, cache_latents
+from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
 from sonic.pieces import Screening
-from sonic.pipeline import Animator
-from sonic.prepare import PreparedData, Share, find_videos, prepare, screening_for
+from sonic.prepare import Share, screening_for
 from sonic.run_log import (
     TOO_MANY,
     Log,
@@ -56,14 +48,25 @@ from sonic.run_log import (
     differences,
     only_run_in,
     provenance,
-    start_trackers,
     write_report,
 )
+from sonic.run_setup import (
+    cache_dir,
+    checkpoint_to_resume,
+    dry_run,
+    for_this_run,
+    half_precision,
+    make_output_dir,
+    prepare_data,
+    shortest_clip,
+    start_accelerator,
+    stream_shards,
+)
 from sonic.sampling import ramp
-from sonic.shard_stream import ShardStream, shard_list, stream_loader
-from sonic.sharding import any_says, autocast_for, callable_parts, gradient_norm, ready_for_sharding
+from sonic.shard_stream import ShardStream, stream_loader
+from sonic.sharding import any_says, autocast_for, callable_parts, gradient_norm
 from sonic.stopping import StopSignals, ignore_signals
-from sonic.trainable import Trained, choose, open_start, require_packages
+from sonic.trainable import Trained, open_start, require_packages
 from sonic.training import (
     Encoders,
     Numbered,
@@ -71,19 +74,19 @@ from sonic.training import (
     audio_windows,
     draw,
     keep_checkpoints,
+    keep_model_out_of_state,
     lip_loss,
     loss_weight,
     optimizer_steps,
     readable,
     resume_state,
-    sample_settings,
     save_training_checkpoint,
     saved_or_said,
     total_loss,
     with_model_defaults,
 )
+from sonic.training_config import TrainingConfig
 from sonic.validation import Validation
-from sonic.weights import locate
 
 WINDOWS_TO_FIT = 4096  # of audio features, for --init_audio2token
 
@@ -384,147 +387,6 @@ class Run:
             save_training_checkpoint(folder, accelerator, self.trained, self.state, self.made_of)
         if accelerator.is_main_process:
             keep_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
-
-
-# ---------------------------------------------------------------------------------------------- before the run
-
-
-def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | None:
-    """The folder that --resume_from_checkpoint means; 'latest' of a run that has saved nothing yet starts anew."""
-    if config.resume_from_checkpoint is None:
-        return None
-    if config.resume_from_checkpoint == "latest":
-        found = training_checkpoints(output_dir)
-        if not found:
-            print(f"no checkpoint in {output_dir} yet: starting anew")
-        return found[-1] if found else None
-    folder = locate(config.resume_from_checkpoint, "checkpoint")
-    if not (folder / "state").is_dir():
-        raise UserError(f"'{folder}' holds no training state; to start from its weights use --model_path {folder}")
-    return folder
-
-
-def for_this_run(start: Checkpoint, config: TrainingConfig, screening: Screening) -> Checkpoint:
-    """What the run's checkpoints will say of themselves."""
-    settings = dataclasses.replace(
-        start.settings,
-        num_frames=config.num_frames,
-        frame_step=config.frame_step,
-        resolution=config.resolution,
-        shift_offset=3 if config.frame_step == 1 else 7,  # SPEC.md section 5
-        overlap=min(start.settings.overlap, config.num_frames - 1),
-        # Training crops a square around the face, so animating should too.
-        crop=None if screening.crop == NO_CROP else screening.crop_expand,
-    )
-    return dataclasses.replace(start, settings=settings)
-
-
-def make_output_dir(output_dir: Path) -> None:
-    """Creates the output folder and proves that it can be written to, before hours are spent."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()  # a name of its own: every process of a run comes here at once
-    except OSError as error:
-        raise UserError(f"cannot write to output folder '{output_dir}': {error.strerror}") from None
-
-
-def cache_dir(config: TrainingConfig) -> Path:
-    """Where prepared data and cached latents lie."""
-    return Path(config.cache_dir or Path(config.output_dir) / "cache")
-
-
-def half_precision(config: TrainingConfig) -> torch.dtype:
-    """What the frozen encoders compute in: not in fp16, in which SVD's VAE overflows."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-
-
-def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
-    """The processes and what they report to. Raises UserError for a run that cannot fit into the memory, or be sharded."""
-    accelerator = Accelerator(
-        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",  # for the scaler; see `autocast_for`
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        # A process that has prepared its share of the data waits for the others, for hours if it must be.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
-    ready_for_sharding(accelerator, config)
-    # What shards a model, FSDP and DeepSpeed, needs less than an estimate for one process says.
-    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        estimator = Estimator(start, choose, on_gpu=accelerator.device.type == "cuda")
-        if tight := require_memory(estimator, config, accelerator.device):
-            accelerator.print(tight)
-    start_trackers(accelerator, config)
-    return accelerator
-
-
-def prepare_data(config: TrainingConfig, screening: Screening, extractor, share: Share) -> PreparedData:
-    """Tracks and audio features of every video, made or reused; prints what was left out and why."""
-    data = PreparedData()
-    if config.data_root:
-        data = prepare(
-            config.data_root,
-            cache_dir(config),
-            extractor,
-            num_frames=config.num_frames,
-            frame_step=config.frame_step,
-            screening=screening,
-            num_workers=config.num_workers,
-            progress=share.index == 0,
-            share=share,
-        )
-    if share.index == 0:
-        if config.data_root:
-            print(data.table())
-        path = Path(config.output_dir) / "config.json"
-        path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    return data
-
-
-def shortest_clip(config: TrainingConfig) -> int:
-    """Ticks of a window and a reference frame."""
-    return config.num_frames * config.frame_step + 1
-
-
-def stream_shards(config: TrainingConfig, extractor, encoders: Encoders, share: Share) -> ShardStream:
-    """This process's part of the samples in --data_shards."""
-    settings = sample_settings(config) | {"clip_size": encoders.base.image_encoder.config.image_size}
-    return ShardStream(
-        shard_list(config.data_shards),
-        extractor.name,
-        settings,
-        needed=shortest_clip(config),
-        buffer=config.shard_buffer,
-        rank=share.index,
-        world=share.count,
-    )
-
-
-def keep_model_out_of_state(accelerator: Accelerator) -> None:
-    """Weights are saved once, in our own form, and loaded from there before accelerate restores the rest."""
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-
-
-def dry_run(config: TrainingConfig, start: Checkpoint) -> None:
-    """Prints what a run with these flags is made of, and stops before anything is loaded or written."""
-    print(json.dumps(dataclasses.asdict(config), indent=1))
-    if config.data_shards:
-        print(f"data: {len(shard_list(config.data_shards))} shards, {config.data_shards}")
-    if config.data_root:
-        videos = find_videos(Path(config.data_root))
-        if not videos:
-            raise UserError(f"{config.data_root} holds no video: give the folder of your videos with --data_root")
-        print(f"data: {len(videos)} video files in {config.data_root}")
-    print("model:", {part: str(path) for part, path in start.tensors.items()})
-    print(f"base model: {start.base_model}; Whisper: {start.whisper_path}")
-    if config.cache_latents:
-        print(f"latents: {gb_per_hour(config, start.base_model, half_precision(config)):.2f} GB per hour of video")
-    on_gpu = torch.cuda.is_available() or config.device_memory_gb is not None
-    estimator = Estimator(start, choose, on_gpu)
-    print(estimator(config).table())
-    room, where = available_memory(config, torch.device("cuda" if on_gpu else "cpu"))
-    print("this run " + verdict(estimator, config, room, where)[1])
 
 
 if __name__ == "__main__":

@@ -27,34 +27,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 
 import numpy as np
 import torch
+from common import denoiser_of, matrix_rate, sizes, timed
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from training import matrix_rate, sizes, timed
 
-from sonic.blocks import lay_out
-from sonic.checkpoints import Architecture, BaseModels
-from sonic.config import KEY_MEMORY, TICK_RATE, Preset, Settings
-from sonic.denoiser import Denoiser, Portrait
+from sonic.animator import Animator
+from sonic.blocks import compile_unet, lay_out
+from sonic.checkpoints import BaseModels
+from sonic.config import KEY_MEMORY, TICK_RATE, Settings
+from sonic.denoiser import Portrait
 from sonic.flags import run
 from sonic.guided import Branches, Speech
 from sonic.memory import used_memory
-from sonic.pipeline import DTYPES, Animator, compile_unet
+from sonic.pipeline import DTYPES
+from sonic.presets import Preset
 
 IMAGE_SIDE = {"cpu": 256, "mini": 128, "release": 512}  # pixels
 WANTED = [0, 1, 2]
-
-
-def denoiser_of(preset: Preset) -> Denoiser:
-    whisper = preset.whisper
-    return Architecture(
-        preset.unet,
-        "whisper",
-        whisper["encoder_layers"] + 1,
-        whisper["d_model"],
-        preset.image_encoder["projection_dim"],
-        preset.adapter_hidden,
-        preset.audio_tokens,
-    ).build()
 
 
 class Case:

@@ -3,7 +3,7 @@
     python benchmarks/trials.py outputs/mini/seed-0
     python benchmarks/lab.py --speech outputs/mini/seed-0/speech/unseen --runs outputs/trials/seed-* --trials outputs/trials/*
 
-animates and measures, and writes docs/lab.md with its plots (`lab_report.py`). Every experiment's numbers lie in
+animates and measures, and writes docs/lab.md with its plots (`lab_claims.py`, `lab_report.py`). Every experiment's numbers lie in
 docs/lab/, in a folder named by the weights, and are not made again: an interrupted call goes on, and the document can be
 written without the runs. Another checkpoint begins anew. Axes: T frames.
 """
@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 import torch
 from build_mini import EXPRESSION_AMPLITUDES, HEAD_AMPLITUDES, SIZE
-from lab_report import BUCKETS, PLOTS, write_report
+from lab_claims import BUCKETS
+from lab_report import PLOTS, write_report
 from PIL import Image
 from tqdm import tqdm
 

@@ -6,261 +6,36 @@ Nothing in here is a result: every number comes from `results`, which maps an ex
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from lab_claims import (
+    BUCKETS,
+    Results,
+    Row,
+    bucket_rows,
+    closes,
+    curve,
+    follows,
+    guidance,
+    guidance_row,
+    keeps,
+    logs,
+    shift_rows,
+    spread,
+    training_curves,
+    training_row,
+    values,
+)
 from matplotlib.figure import Figure
 
 from sonic.weights import ROOT, portable
 
 DOCUMENT, PLOTS = ROOT / "docs/lab.md", ROOT / "docs/lab"
-Results = dict[str, list[dict]]
-BUCKETS = (16, 112)  # a motion bucket that asks for little, and one that asks for much
 GAP_OPEN = 0.002  # at sigma 3; untrained models were seen at -0.0009 to 0.0003
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
 
-
-# ------------------------------------------------------------------------------------------------------- statistics
-
-
-def values(rows: list[dict], name: str) -> np.ndarray:
-    """One number per clip; NaN where it could not be measured."""
-    found = [row[name] for row in rows]
-    return np.array([math.nan if value is None else value for value in found], dtype=float)
-
-
-def curve(row: dict, name: str) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in row[name]], dtype=float)
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    both = np.isfinite(a) & np.isfinite(b)
-    return float(np.corrcoef(a[both], b[both])[0, 1])
-
-
-def wrong_speech(rows: list[dict]) -> np.ndarray:
-    """r of every clip's mouth with the opening that every other clip's speech asks for."""
-    pairs = [(one, other) for one in rows for other in rows if one is not other and one["speaker"] != other["speaker"]]
-    return np.array([correlation(curve(one, "opening"), curve(other, "truth_opening")) for one, other in pairs])
-
-
-def spread(found: np.ndarray, digits: int = 2) -> str:
-    """Median, and the range of the middle 80 %."""
-    found = found[np.isfinite(found)]
-    low, middle, high = np.percentile(found, [10, 50, 90])
-    return f"{middle:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
-
-
-# ------------------------------------------------------------------------------------------------------------ claims
-
-
-@dataclass
-class Row:
-    """One claim: what was asked, what was found, and whether it holds."""
-
-    claim: str
-    bar: str
-    found: str
-    holds: bool
-
-
-def follows(results: Results) -> list[Row]:
-    rows = results["main"]
-    made = []
-    for kind in ("all", "synthetic", "recorded"):
-        own = [row for row in rows if kind in ("all", row["kind"])]
-        opening, width = np.nanmedian(values(own, "opening_r")), np.nanmedian(values(own, "width_r"))
-        aligned = np.mean(np.abs(values(own, "opening_offset")) <= 1)
-        made.append(
-            Row(
-                f"it follows the sound ({kind}: {len(own)} clips)",
-                "median r: opening ≥ 0.93, width ≥ 0.6; offset 0 ± 1 frame in 95 %",
-                f"opening {spread(values(own, 'opening_r'), 3)}, width {spread(values(own, 'width_r'))}, "
-                f"offset in {aligned:.0%}",
-                bool(opening >= 0.93 and width >= 0.6 and aligned >= 0.95),
-            )
-        )
-    wrong = wrong_speech(rows)
-    made.append(
-        Row(
-            "… and not somebody else's",
-            "mean r within ± 0.2",
-            f"mean {wrong.mean():.2f}, standard deviation {wrong.std():.2f} over {len(wrong)} pairs",
-            bool(abs(wrong.mean()) <= 0.2),
-        )
-    )
-    return made
-
-
-def closes(results: Results) -> list[Row]:
-    rows = results["silence"]
-    truth = [row["truth"] for row in rows]
-    closed = values(truth, "silent_opening")
-    reach = values(truth, "wide_opening") - closed
-    excess = (values(rows, "silent_opening") - closed) / reach
-    return [
-        Row(
-            f"silence closes the mouth ({len(rows)} clips)",
-            "opening in silence over that of the truth's closed mouth: median within 10 % of the mouth's range",
-            f"{spread(100 * excess, 1)} % of the range; {spread(values(rows, 'silent_opening'), 3)} against "
-            f"{spread(closed, 3)} distances between the eyes",
-            bool(np.nanmedian(np.abs(excess)) <= 0.1),
-        )
-    ]
-
-
-def keeps(results: Results) -> list[Row]:
-    rows = results["main"]
-    own, truth = values(rows, "identity"), values([row["truth"] for row in rows], "identity")
-    ratio = np.nanmean(own) / np.nanmean(truth)
-    background = values(rows, "background_psnr")
-    return [
-        Row(
-            "it keeps the person",
-            "mean distance to the portrait ≤ 1.3 × the truth video's",
-            f"{np.nanmean(own):.3f} against {np.nanmean(truth):.3f}: {ratio:.2f} ×",
-            bool(ratio <= 1.3),
-        ),
-        Row(
-            "… and the wall behind",
-            "median PSNR of the still background ≥ 28 dB",
-            f"{spread(background, 1)} dB",
-            bool(np.nanmedian(background) >= 28),
-        ),
-    ]
-
-
-def bucket_rows(results: Results) -> list[Row]:
-    made = []
-    for side, other in (("translation", "expression"), ("expression", "translation")):
-        low, high = (results[f"{side} bucket {bucket}"] for bucket in BUCKETS)
-        growth = np.nanmedian(values(high, side) / values(low, side))
-        leak = np.nanmedian(values(high, other) / values(low, other))
-        change = np.nanmedian(values(high, "opening_r")) - np.nanmedian(values(low, "opening_r"))
-        made.append(
-            Row(
-                f"{side} bucket works alone ({BUCKETS[0]} → {BUCKETS[1]})",
-                f"{side} motion ≥ 3 ×; mouth r changes ≤ 0.05; {other} motion ≤ 25 %",
-                f"{growth:.1f} ×; r {change:+.3f}; {other} {leak - 1:+.0%}",
-                bool(growth >= 3 and abs(change) <= 0.05 and abs(leak - 1) <= 0.25),
-            )
-        )
-    rows = results["predicted buckets"]
-    true = np.concatenate([np.array(row["true"]) for row in rows])
-    predicted = np.concatenate([np.array(row["predicted"]) for row in rows])
-    for column, name in enumerate(("translation", "expression")):
-        errors = true[:, column] - predicted[:, column]
-        plain = true[:, column] - true[:, column].mean()
-        gain = 1 - np.square(errors).mean() / np.square(plain).mean()
-        absolute = 1 - np.abs(errors).mean() / np.abs(plain).mean()
-        made.append(
-            Row(
-                f"{name} bucket can be predicted ({len(rows)} clips)",
-                "squared error ≥ 30 % below that of the mean",
-                f"{gain:.0%} below (mean absolute error {absolute:.0%} below: "
-                f"{np.abs(errors).mean():.1f} against {np.abs(plain).mean():.1f})",
-                bool(gain >= 0.3),
-            )
-        )
-    return made
-
-
-def guidance(results: Results) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and median r at each."""
-    found = sorted(
-        (float(name.rpartition(" ")[2]), np.nanmedian(values(rows, "opening_r")))
-        for name, rows in results.items()
-        if name.startswith("audio guidance")
-    )
-    return np.array([scale for scale, _ in found]), np.array([r for _, r in found])
-
-
-def guidance_row(results: Results, default: float) -> list[Row]:
-    scales, r = guidance(results)
-    best = scales[r.argmax()]
-    at_default = float(np.interp(default, scales, r))
-    return [
-        Row(
-            "audio guidance",
-            "r rises with the scale, then falls; the default within 0.02 of the top",
-            f"r {r[0]:.2f} at {scales[0]:g}, {r.max():.3f} at {best:g}, {r[-1]:.2f} at {scales[-1]:g}; "
-            f"{at_default:.3f} at the default {default:g}",
-            bool(0 < r.argmax() < len(r) - 1 and r.max() - at_default <= 0.02),
-        )
-    ]
-
-
-def shift_rows(results: Results) -> list[Row]:
-    with_shift, without = results["long"], results["long without shift fusion"]
-    near, near_without = values(with_shift, "seam_near_largest").max(), values(without, "seam_near").max()
-    plain, plain_without = values(with_shift, "seam_largest").max(), values(without, "seam").max()
-    drift = np.nanmean(values(with_shift, "identity_last")) / np.nanmean(values(with_shift, "identity_first")) - 1
-    first, last = [], []
-    for row in with_shift:
-        mouth, truth = curve(row, "opening"), curve(row, "truth_opening")
-        first.append(correlation(mouth[:125], truth[:125]))
-        last.append(correlation(mouth[-125:], truth[-125:]))
-    change = np.mean(last) / np.mean(first) - 1
-    return [
-        Row(
-            "shift fusion leaves no seams (30 s)",
-            "frame difference at borders over that beside them ≤ 1.1 with shift, worse without",
-            f"with: {near:.2f} at the worst phase; without: {near_without:.2f} "
-            f"(over all other steps: {plain:.2f} and {plain_without:.2f})",
-            bool(near <= 1.1 < near_without),
-        ),
-        Row(
-            "no drift (30 s)",
-            "identity and r of the last 5 s within 5 % of the first",
-            f"distance to the portrait {drift:+.1%}; r {np.mean(first):.3f} → {np.mean(last):.3f} ({change:+.1%})",
-            bool(abs(drift) <= 0.05 and abs(change) <= 0.05),
-        ),
-    ]
-
-
-def logs(results: Results, kind: str) -> Results:
-    """What validation said during every "run" or "trial", by its name."""
-    prefix = f"log of {kind} "
-    return {name.removeprefix(prefix): results[name] for name in sorted(results) if name.startswith(prefix)}
-
-
-def training_curves(results: Results) -> dict[str, dict[str, np.ndarray]]:
-    """Per run: steps and median r of its checkpoints, and what its log says of validation."""
-    found = {}
-    for seed, checks in logs(results, "run").items():
-        points = sorted(
-            (int(name.rpartition("-")[2]), np.nanmedian(values(rows, "opening_r")))
-            for name, rows in results.items()
-            if name.startswith(f"run {seed} checkpoint-")
-        )
-        if len(points) < 2:
-            continue
-        found[seed] = {
-            "steps": np.array([step for step, _ in points]),
-            "r": np.array([r for _, r in points]),
-            "checked": np.array([row["step"] for row in checks]),
-            **{
-                name: np.array([row[name] for row in checks], dtype=float)
-                for name in ("validation_loss", "audio_gap_sigma_1", "audio_gap_sigma_3", "validation_token_spread")
-            },
-        }
-    return found
-
-
-def training_row(curves: dict) -> list[Row]:
-    better = [one["r"][-1] > one["r"][0] for one in curves.values()]
-    text = "; ".join(
-        f"{seed}: r {one['r'][0]:.2f} → {one['r'][-1]:.3f}, gap {one['audio_gap_sigma_3'][0]:.4f} → "
-        f"{one['audio_gap_sigma_3'][-1]:.4f}, loss {one['validation_loss'][0]:.3f} → {one['validation_loss'][-1]:.3f}"
-        for seed, one in curves.items()
-    )
-    return [Row("more training, better", "r grows with the steps, three seeds", text, all(better) and len(better) >= 3)]
-
-
-# ------------------------------------------------------------------------------------------------------- the document
 
 Part = tuple[tuple[str, ...], Callable[[Results], list[Row]]]
 PARTS: list[Part] = [

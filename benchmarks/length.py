@@ -17,8 +17,9 @@ import numpy as np
 import soundfile
 from release_size import peak_of
 
-from sonic.config import PRESETS, SAMPLE_RATE, TICK_RATE
+from sonic.config import SAMPLE_RATE, TICK_RATE
 from sonic.flags import run
+from sonic.presets import PRESETS
 from sonic.sound import load_audio
 from sonic.weights import ROOT
 

@@ -17,11 +17,12 @@ import torch
 from torch.utils.data import default_collate
 
 from sonic.checkpoints import load_base, load_whisper, open_checkpoint
-from sonic.config import POSITIVE, SHIPPED, TrainingConfig
+from sonic.config import POSITIVE, SHIPPED
 from sonic.dataset import SonicDataset
 from sonic.flags import Parser, run
 from sonic.prepare import prepare
 from sonic.training import Encoders, draw, total_loss, with_model_defaults
+from sonic.training_config import TrainingConfig
 
 
 def main() -> None:

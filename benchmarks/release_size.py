@@ -25,9 +25,10 @@ import psutil
 import torch
 
 from sonic.checkpoints import create_base, create_whisper, training_checkpoints
-from sonic.config import PRESETS, UserError
+from sonic.config import UserError
 from sonic.files import atomic_folder
 from sonic.flags import run
+from sonic.presets import PRESETS
 from sonic.weights import ROOT
 
 CLIPS = ("puppet_0000.mp4", "puppet_0001.mp4")

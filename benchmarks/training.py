@@ -16,17 +16,15 @@ tells of that. Prints medians, clips per second, the ratio to the plain loop, th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, without an install
 
 import numpy as np
 import torch
+from common import Size, denoiser_of, matrix_rate, sizes, timed
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from einops import rearrange
 from torch import Tensor
@@ -35,40 +33,17 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Whispe
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH
-from sonic.checkpoints import Architecture, BaseModels
-from sonic.config import PRESETS, Preset, TrainingConfig
+from sonic.checkpoints import BaseModels
 from sonic.denoiser import per_clip, scalings
 from sonic.flags import run
 from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
 from sonic.trainable import PRECISIONS
 from sonic.training import Draw, EncodedClip, Encoders, total_loss
+from sonic.training_config import TrainingConfig
 
-MATRIX = 4096  # rows and columns of the product that the device's rate is measured with
 VAE_BATCH = 8  # frames that the plain loop encodes at once
 MEL_FRAMES = 3000  # of 10 ms: what Whisper takes at once
-
-
-class Size(NamedTuple):
-    """A preset, with other sizes where it is too large for a CPU."""
-
-    preset: Preset
-    resolution: int
-    frames: int
-    clips: int
-    checkpointing: bool
-
-
-def sizes() -> dict[str, Size]:
-    real, mini = PRESETS["svd-xt"], PRESETS["mini"]
-    # Cross-attention as wide as the real one's, so that audio costs here what it costs there.
-    unet = real.unet | {"block_out_channels": [64, 128, 256, 256], "num_attention_heads": [2, 4, 8, 8], "num_frames": 8}
-    between = dataclasses.replace(real, unet=unet, vae=mini.vae | {"latent_channels": 4})
-    return {
-        "release": Size(real, 576, 25, 1, checkpointing=True),
-        "cpu": Size(between, 256, 8, 1, checkpointing=False),
-        "mini": Size(mini, 128, 10, 2, checkpointing=False),
-    }
 
 
 class Models:
@@ -165,17 +140,7 @@ class Ours(Plain):
 
     def __init__(self, models: Models, model=None):
         self.models, size = models, models.size
-        preset = size.preset
-        architecture = Architecture(
-            preset.unet,
-            "whisper",
-            models.layers,
-            models.width,
-            preset.image_encoder["projection_dim"],
-            preset.adapter_hidden,
-            preset.audio_tokens,
-        )
-        self.model = model or architecture.build().to(models.device).train()
+        self.model = model or denoiser_of(size.preset).to(models.device).train()
         self.model.unet.freeze_unused()
         if size.checkpointing:
             self.model.unet.enable_gradient_checkpointing()
@@ -223,23 +188,6 @@ def held(case: Plain) -> int:
     """Bytes of a case's weights, gradients and optimizer state."""
     state = [value for one in case.optimizer.state.values() for value in one.values() if isinstance(value, Tensor)]
     return sum(value.nbytes for value in [*case.parameters, *state])
-
-
-def timed(work, device: torch.device) -> float:
-    """Seconds."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    begin = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - begin
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second in products of large square matrices; the best of some."""
-    size = MATRIX if device.type == "cuda" else MATRIX // 4
-    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(20))
 
 
 def main() -> None:

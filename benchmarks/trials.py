@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from sonic.checkpoints import create_checkpoint
-from sonic.config import PRESETS
 from sonic.files import atomic_folder
 from sonic.flags import run
+from sonic.presets import PRESETS
 from sonic.weights import ROOT
 
 POSITIONS = "model.encoder.embed_positions.weight"

@@ -27,9 +27,10 @@ from mini_vae import MEASURED
 from safetensors.torch import load_file, save_file
 
 from sonic.checkpoints import create_checkpoint, open_checkpoint, save_model
-from sonic.config import PRESETS, SHIPPED, UserError
+from sonic.config import SHIPPED, UserError
 from sonic.files import atomic_folder
 from sonic.flags import run
+from sonic.presets import PRESETS
 from sonic.run_log import read_log
 from sonic.weights import ROOT
 

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
-from sonic.config import PRESETS
 from sonic.faces import square_crop, union_box
 from sonic.optimizers import Muon
+from sonic.presets import PRESETS
 from sonic.puppets import Identity, clip_truth, random_motion, render_clip
 
 DRAWN = 192  # pixels at which a puppet is drawn before its face is cut out

@@ -23,9 +23,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from sonic.adapters import AudioBucket, AudioToken
 from sonic.audio import AudioExtractor, WhisperFeatures
-from sonic.config import BASE_MODEL, WHISPER, Preset, Settings, UserError
+from sonic.config import BASE_MODEL, WHISPER, Settings, UserError
 from sonic.denoiser import Denoiser
 from sonic.files import restore
+from sonic.presets import Preset
 from sonic.unet import SonicUNet
 from sonic.weights import (
     described_by,

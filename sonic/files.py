@@ -63,10 +63,13 @@ def atomic_folder(path: Path, main: bool = True, wait: Callable[[], None] | None
 def restore(path: Path) -> None:
     """Between two renames there is a moment without `path`; if that was the end, the old folder takes its name again."""
     old = _old(path)
-    if old.exists() and not path.exists():
+    if not old.exists():
+        return
+    if path.exists():
+        remove_folder(old)
+    else:
         with _unless_another_did():
             old.rename(path)
-    remove_folder(old)
 
 
 def remove_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from sonic.checkpoints import BaseModels, BaseSizes, load_base
 from sonic.clips import Clip
-from sonic.config import TICK_RATE, TrainingConfig, UserError
+from sonic.config import TICK_RATE, UserError
 from sonic.dataset import VAE_FACTOR, SonicDataset, clip_square, cut, mirror, pixels
 from sonic.files import whole_file
 from sonic.media import VideoReader
@@ -43,6 +43,7 @@ from sonic.pictures import resize_square
 from sonic.portrait import clip_pixels
 from sonic.prepare import Share
 from sonic.training import EncodedClip, encode_frames, encoded_clip, sample_settings
+from sonic.training_config import TrainingConfig
 from sonic.weights import content_hash, remembered
 
 # Of what is encoded: raise it when pictures or embeddings come out otherwise, and cached ones are made anew.

@@ -20,12 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sonic.audio import LONG_LENGTH, SHORT_LENGTH
 from sonic.checkpoints import Architecture, BaseModels, Checkpoint, build_base
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.counting import Live, default_type
 from sonic.denoiser import Denoiser, Portrait, TrainingBatch
 from sonic.optimizers import AT_ONCE, is_matrix
 from sonic.trainable import PRECISIONS
 from sonic.training import total_loss
+from sonic.training_config import TrainingConfig
 
 MOMENT = 4  # bytes of one fp32 number that an optimizer remembers of a parameter
 SMALL_8BIT = 4096  # bitsandbytes keeps the state of smaller tensors in fp32

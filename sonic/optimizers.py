@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sonic.config import TrainingConfig
+from sonic.training_config import TrainingConfig
 
 # Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
 MOMENTUM = 0.95

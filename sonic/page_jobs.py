@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from sonic import sampling
+from sonic.animator import Progress
 from sonic.config import SAMPLE_RATE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.interpolation import factor_for
 from sonic.page_limits import Limits
 from sonic.page_text import ENGLISH, say
-from sonic.pipeline import Progress, SonicPipeline
+from sonic.pipeline import SonicPipeline
 from sonic.portrait import FULL, fitted_size
 
 TOLD_EVERY, SHOWN_EVERY = 0.25, 1.0  # seconds between two looks at a running job, and between two previews

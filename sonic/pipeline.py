@@ -14,30 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sonic import media, pictures, sound
+from sonic import media
 from sonic.animator import Animator, OnProgress, Stage, Told
-from sonic.animator import Progress as Progress  # callers of `generate` take them from here
-from sonic.animator import to_pictures as to_pictures
 from sonic.audio import (
     AudioExtractor,
-    check_features,
     frame_ticks,
     load_extractor,
     long_windows,
     short_windows,
 )
 from sonic.blocks import compile_unet, lay_out
-from sonic.checkpoints import load_base, load_whisper, open_checkpoint, whisper_folder
+from sonic.checkpoints import load_base, load_whisper, open_checkpoint
 from sonic.config import MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Portrait
 from sonic.forecast import LONG, Forecast, Forecaster
 from sonic.guided import LongTokens, Speech, VideoKeys
+from sonic.in_and_out import AudioFeatures, ImageLike, SonicVideo, as_image, extract, save_video
 from sonic.interpolation import factor_for, interpolate, load_rife, rife_file
 from sonic.offload import bytes_to_come, place, quantized
 from sonic.portrait import prepare_portrait
@@ -52,87 +48,7 @@ FIXED = ("checkpoint", "base_model", "whisper_path", "audio_extractor", "device"
 FIXED += ("compile", "key_memory", "offload", "quantize")
 TOKEN_BATCH = 256  # frames whose audio goes through the adapters at once
 
-ImageLike = str | Path | Image.Image | np.ndarray
-
-
 Result = TypeVar("Result")
-
-
-@dataclass
-class AudioFeatures:
-    """features [2 · ticks, S, W] at 50 per second, the name of their extractor, and the speech they came from, [n] float32 at
-    16 kHz. A pipeline that hears with another extractor listens to that speech again."""
-
-    features: Tensor
-    extractor: str
-    speech: np.ndarray
-
-
-@dataclass
-class SonicVideo:
-    """frames uint8 [N, H, W, 3] RGB, their rate, the speech that belongs to them, [n] float32 at 16 kHz, or None, and the
-    record of how they were made (`sonic.record`), or None."""
-
-    frames: np.ndarray
-    fps: float
-    speech: np.ndarray | None = None
-    record: dict | None = None
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-
-def extract_audio_features(
-    audio: str | Path | np.ndarray, config: SonicConfig | None = None, extractor: AudioExtractor | None = None
-) -> AudioFeatures:
-    """Features of a sound file, or of speech [n] float32 at 16 kHz, by the Whisper (or own extractor) that the config names."""
-    return _extract(audio, extractor or make_extractor(config or SonicConfig()))
-
-
-def make_extractor(config: SonicConfig) -> AudioExtractor:
-    """The user's own audio extractor if the config names one, else the checkpoint's Whisper."""
-    if config.audio_extractor:
-        return load_extractor(config.audio_extractor)
-    return load_whisper(whisper_folder(config.checkpoint, config.whisper_path))
-
-
-def _extract(audio: str | Path | np.ndarray, extractor: AudioExtractor) -> AudioFeatures:
-    speech = audio if isinstance(audio, np.ndarray) else sound.load_audio(audio)
-    if speech.ndim != 1 or speech.dtype.kind != "f":
-        raise UserError(
-            f"the speech is an array {speech.dtype} {speech.shape}, expected float32 [n] at 16 kHz, one channel"
-        )
-    return AudioFeatures(check_features(extractor(speech), extractor, len(speech)), extractor.name, speech)
-
-
-def as_image(image: ImageLike) -> Image.Image:
-    """A path, a PIL image, or an array as `cv2.imread` gives it (BGR, BGRA or grey, uint8) -> RGB. Raises UserError otherwise."""
-    if isinstance(image, str | Path):
-        return pictures.load_image(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
-            raise UserError(
-                f"the portrait is an array {image.dtype} {image.shape}, expected uint8 [H, W, 3] in BGR order"
-            )
-        if image.ndim == 2 or image.shape[2] == 1:
-            image = Image.fromarray(image.reshape(image.shape[:2]))
-        else:
-            order = cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGB
-            image = Image.fromarray(cv2.cvtColor(image, order))
-    elif not isinstance(image, Image.Image):
-        raise UserError(f"the portrait must be a path, a PIL image or an array, not {type(image).__name__}")
-    return pictures.to_rgb(image, "the portrait")
-
-
-def save_video(
-    video: SonicVideo | np.ndarray, path: str | Path, fps: float = TICK_RATE, speech: np.ndarray | None = None
-) -> None:
-    """Writes H.264 with AAC sound, and the record if there is one. Of a bare array uint8 [N, H, W, 3] RGB, `fps` and `speech`
-    (16 kHz) must be said."""
-    record = None
-    if isinstance(video, SonicVideo):
-        video, fps, speech, record = video.frames, video.fps, video.speech, video.record
-    media.save_video(video, path, fps, speech, to_metadata(record))
 
 
 def pick_device(name: str) -> torch.device:
@@ -225,7 +141,7 @@ class SonicPipeline:
 
     def extract_audio_features(self, audio: str | Path | np.ndarray) -> AudioFeatures:
         """Features of a sound file, or of speech [n] float32 at 16 kHz, as this model hears them."""
-        return _extract(audio, self.extractor)
+        return extract(audio, self.extractor)
 
     def generate(
         self,
@@ -498,4 +414,4 @@ class SonicPipeline:
     def _features(self, audio_features: AudioFeatures) -> Tensor:
         if audio_features.extractor == self.extractor.name:
             return audio_features.features
-        return _extract(audio_features.speech, self.extractor).features
+        return extract(audio_features.speech, self.extractor).features

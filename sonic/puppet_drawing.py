@@ -8,6 +8,8 @@ soft shading; a frame then costs one pass over the jaw, a few small patches and 
 import cv2
 import numpy as np
 
+from sonic.canvas import Canvas, Patch, curls, curve, hls, lay_over, mirror, moved, ramp
+
 # Colour ramps (RGB): skin light to deep, hair black to blond to silver, irises brown to grey.
 SKIN = [(250, 221, 202), (240, 198, 168), (221, 168, 130), (182, 126, 90), (140, 91, 63), (112, 71, 50)]
 HAIR = [(30, 26, 28), (62, 43, 33), (104, 68, 44), (150, 80, 45), (196, 148, 88), (226, 194, 134), (196, 194, 194)]
@@ -15,128 +17,6 @@ IRIS = [(70, 44, 28), (112, 76, 38), (98, 112, 62), (66, 122, 112), (74, 116, 16
 
 ACROSS = np.linspace(-1, 1, 25, dtype=np.float32)  # along a lip or an eyelid
 ALONG = np.linspace(0, 1, 13, dtype=np.float32)  # along a brow, from the nose outwards
-
-
-def _ramp(stops, position):
-    """Colour [3] (RGB, 0 … 255) at `position` 0 … 1 along `stops`."""
-    stops = np.asarray(stops, np.float32)
-    at = np.linspace(0, 1, len(stops))
-    return np.array([np.interp(position, at, stops[:, channel]) for channel in range(3)], np.float32)
-
-
-def _hls(hue, lightness, saturation):
-    """Colour [3] (RGB, 0 … 255) from hue (turns), lightness and saturation (0 … 1)."""
-    pixel = np.float32([[[hue % 1 * 360, lightness, saturation]]])
-    return cv2.cvtColor(pixel, cv2.COLOR_HLS2RGB)[0, 0] * 255
-
-
-def _curve(points, closed=True, steps=6):
-    """A smooth line [n, 2] through `points` (Catmull-Rom)."""
-    points = np.asarray(points, np.float32)
-    if closed:
-        ring = np.concatenate([points[-1:], points, points[:2]])
-    else:
-        ring = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
-    a, b, c, d = (ring[i : len(ring) - 3 + i, None] for i in range(4))
-    t = np.linspace(0, 1, steps, endpoint=False, dtype=np.float32)[:, None]
-    line = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * (b - c) + d - a) * t**3)
-    line = line.reshape(-1, 2)
-    return line if closed else np.concatenate([line, points[-1:]])
-
-
-def _mirror(points):
-    """A shape symmetric about x = 0 from its right half, given top to bottom: [n, 2] to [2 n, 2]."""
-    points = np.asarray(points, np.float32)
-    return np.concatenate([points, points[::-1] * (-1, 1)])
-
-
-def _moved(points, x, y):
-    return np.asarray(points, np.float32) + np.float32([x, y])
-
-
-def _curls(line, amount):
-    """A hair outline with the bumps of curls: rounded outwards, `amount` 0 (straight) … 1."""
-    step = np.gradient(line, axis=0)
-    length = np.hypot(*step.T)
-    bump = 0.012 * amount**1.5 * (np.abs(np.sin(np.cumsum(length) * np.pi / 0.028)) - 0.5)
-    return line + bump[:, None] * np.stack([step[:, 1], -step[:, 0]], 1) / np.maximum(length, 1e-6)[:, None]
-
-
-class _Canvas:
-    """A float32 layer of colour planes with its own coordinates: `pixel = (point - corner) * density - 0.5`.
-
-    Four planes [4, H, W] are premultiplied RGBA; three are an opaque picture. Planes, because numpy is several times
-    slower at weighting pixels [H, W, 3] with a mask [H, W].
-    """
-
-    def __init__(self, planes, corner, density):
-        self.planes, self.corner, self.density = planes, np.float32(corner), float(density)
-        height, width = planes.shape[1:]
-        self.x = ((np.arange(width, dtype=np.float32) + 0.5) / self.density + self.corner[0])[None]
-        self.y = ((np.arange(height, dtype=np.float32) + 0.5) / self.density + self.corner[1])[:, None]
-
-    @classmethod
-    def empty(cls, left, top, right, bottom, density):
-        shape = (4, round((bottom - top) * density), round((right - left) * density))
-        return cls(np.zeros(shape, np.float32), (left, top), density)
-
-    def _fixed(self, points):
-        """Points to OpenCV's fixed-point pixels (4 fractional bits)."""
-        return np.rint(((points - self.corner) * self.density - 0.5) * 16).astype(np.int32)
-
-    def _soften(self, mask, blur):
-        mask = mask * np.float32(1 / 255)
-        return cv2.GaussianBlur(mask, (0, 0), blur * self.density) if blur else mask
-
-    def mask(self, outline, blur=0.0):
-        """Coverage [H, W] in 0 … 1 of a closed outline, softened by `blur` (pictures)."""
-        mask = np.zeros(self.planes.shape[1:], np.uint8)
-        cv2.fillPoly(mask, [self._fixed(outline)], 255, cv2.LINE_AA, 4)
-        return self._soften(mask, blur)
-
-    def stroke(self, line, thickness, blur=0.0):
-        """Coverage [H, W] of an open line of `thickness` (pictures)."""
-        mask = np.zeros(self.planes.shape[1:], np.uint8)
-        pixels = thickness * self.density  # a line thinner than a pixel becomes a fainter one
-        cv2.polylines(mask, [self._fixed(line)], False, min(255.0, 255 * pixels), max(1, round(pixels)), cv2.LINE_AA, 4)
-        return self._soften(mask, blur)
-
-    def disc(self, x, y, radius):
-        """Coverage [H, W] of a disc with a soft edge of about a pixel and a half."""
-        away = np.sqrt((self.x - x) ** 2 + (self.y - y) ** 2)
-        return np.minimum(np.maximum((radius - away) * (0.7 * self.density) + 0.5, 0), 1)
-
-    def glow(self, x, y, radius_x, radius_y):
-        """A soft spot [H, W], 1 in the middle."""
-        return np.exp(-0.5 * ((self.x - x) / radius_x) ** 2) * np.exp(-0.5 * ((self.y - y) / radius_y) ** 2)
-
-    def paint(self, mask, colour, opacity=1.0):
-        """Lay `colour` ([3], RGB) over what is there, and make the layer opaque where `mask` is."""
-        self.planes += mask * np.float32(opacity) * (np.float32([*colour, 1])[:, None, None] - self.planes)
-
-    def tint(self, mask, colour, opacity=1.0):
-        """Colour only what is there already: shading, shadows, make-up."""
-        colour, planes = np.float32(colour)[:, None, None], self.planes[:3]
-        if len(self.planes) == 4:
-            colour = colour * self.planes[3]
-        planes += mask * np.float32(opacity) * (colour - planes)
-
-    def merged(self):
-        """The layer as OpenCV has it, [H, W, planes]."""
-        return cv2.merge(list(self.planes))
-
-
-class _Patch(_Canvas):
-    """A small opaque part of a picture [H, W, 4]; what is painted on it gets there with `put_back`."""
-
-    def __init__(self, picture, corner, density, box):
-        left, top = (int(v) for v in np.maximum((np.float32(box[:2]) - corner) * density, 0))
-        right, bottom = (int(v) for v in (np.float32(box[2:]) - corner) * density)
-        self._place = picture[top:bottom, left:right, :3]
-        super().__init__(self._place.transpose(2, 0, 1).copy(), corner + np.float32([left, top]) / density, density)
-
-    def put_back(self):
-        self._place[:] = self.merged()
 
 
 class Puppet:
@@ -160,19 +40,19 @@ class Puppet:
         self.nose = 0.076 + 0.016 * look.nose_length
         self.brow_arch, self.brow_thickness = 0.006 + 0.012 * look.brow_arch, 0.007 + 0.007 * look.brow_thickness
         # Colours.
-        self.skin = _ramp(SKIN, look.skin) + np.float32([5, 0, -9]) * (look.warmth - 0.5) * 2
+        self.skin = ramp(SKIN, look.skin) + np.float32([5, 0, -9]) * (look.warmth - 0.5) * 2
         self.shade = self.skin * np.float32([0.70, 0.60, 0.57])
         self.light = self.skin + (255 - self.skin) * np.float32([0.42, 0.38, 0.33])
         self.blush = self.skin * np.float32([0.97, 0.72, 0.70])
-        self.hair = _ramp(HAIR, look.hair)
+        self.hair = ramp(HAIR, look.hair)
         self.brow_colour = np.minimum(self.hair, self.skin) * np.float32([0.62, 0.55, 0.50])
         # Lips stand out from the mouth's inside and teeth not too much from lips: the landmark predictor takes a white
         # edge under a dark lip for the lip's own, and the measured mouth then stops following the drawn one.
-        rouge = _hls(0.95 + 0.05 * look.lip_tint, 0.46, 0.30 + 0.25 * look.lip_tint) * (0.5 + self.skin[0] / 500)
+        rouge = hls(0.95 + 0.05 * look.lip_tint, 0.46, 0.30 + 0.25 * look.lip_tint) * (0.5 + self.skin[0] / 500)
         lip = 0.62 * self.skin * np.float32([0.93, 0.66, 0.66]) + 0.38 * rouge
         self.lip = np.minimum(lip * (1 + 0.4 * look.skin), 245)
         self.teeth = 0.55 * np.float32([234, 228, 218]) + 0.45 * self.light
-        self.iris = _ramp(IRIS, look.eye_colour)
+        self.iris = ramp(IRIS, look.eye_colour)
 
         self.background = self._paint_background(look)
         self.body, self.body_top = self._paint_body(look)
@@ -200,8 +80,8 @@ class Puppet:
         across = np.linspace(-1, 1, self.size, dtype=np.float32)
         slope = (np.cos(turn) * across[None] + np.sin(turn) * across[:, None]) / 1.4
         lightness = 0.42 + 0.34 * look.background_lightness
-        near = _hls(look.background_hue, lightness, 0.22)
-        far = _hls(look.background_hue + 0.07, lightness + 0.24 * (look.background_slope - 0.5), 0.28)
+        near = hls(look.background_hue, lightness, 0.22)
+        far = hls(look.background_hue + 0.07, lightness + 0.24 * (look.background_slope - 0.5), 0.28)
         wall = near + (far - near) * (slope[..., None] + 1) / 2
         radius = across[None] ** 2 + (across[:, None] + 0.2) ** 2
         return np.clip(wall * (1.10 - 0.17 * radius[..., None]), 0, 255).astype(np.float32)
@@ -209,15 +89,15 @@ class Puppet:
     def _paint_body(self, look):
         """Neck, shoulders and clothes: premultiplied RGBA [rows, W, 4] in picture pixels, and its first row."""
         first = round(0.55 * self.size)  # on a whole pixel, so that halving the canvas keeps its place
-        body = _Canvas.empty(0, first / self.size, 1, first / self.size + 1, 2 * self.size)
+        body = Canvas.empty(0, first / self.size, 1, first / self.size + 1, 2 * self.size)
         neck, reach = 0.46 * self.half_width, 0.33 + 0.07 * look.shoulders
         side = [(0, 0.56), (neck, 0.58), (neck * 0.97, 0.70), (neck * 1.1, 0.765), (0.19, 0.83), (0.2, 0.98), (0, 1.05)]
-        skin = _moved(_curve(_mirror(side)), 0.5, 0)
+        skin = moved(curve(mirror(side)), 0.5, 0)
         body.paint(body.mask(skin), self.skin)
         body.tint(body.glow(0.5 + neck, 0.72, 0.05, 0.2), self.shade, 0.55)
         body.tint(body.glow(0.5 - neck * 1.1, 0.72, 0.025, 0.2), self.shade, 0.45)
         body.tint(body.glow(0.5, 0.685, 0.12, 0.05), self.shade * 0.85, 0.95)  # the chin's shadow
-        cloth = _hls(look.clothes_hue, 0.22 + 0.42 * look.clothes_lightness, 0.12 + 0.42 * look.clothes_saturation)
+        cloth = hls(look.clothes_hue, 0.22 + 0.42 * look.clothes_lightness, 0.12 + 0.42 * look.clothes_saturation)
         opening = 0.805 + 0.12 * look.neckline
         side = [
             (neck * 0.95, 0.748),
@@ -227,30 +107,30 @@ class Puppet:
             (reach + 0.04, 0.93),
             (reach + 0.06, 1.06),
         ]
-        outer = _curve(side, closed=False)
-        neckline = _curve(
+        outer = curve(side, closed=False)
+        neckline = curve(
             [(0, opening), (neck * 0.55, opening - 0.016 - 0.03 * look.neckline), (neck * 0.95, 0.748)], closed=False
         )
         right = np.concatenate([neckline, outer])
-        mask = body.mask(_moved(_mirror(right), 0.5, 0))
-        rim = _moved(np.concatenate([neckline[::-1] * (-1, 1), neckline[1:]]), 0.5, 0)
-        body.tint(body.stroke(_moved(rim, 0, -0.008), 0.016, 0.008), self.shade * 0.8, 0.6)
+        mask = body.mask(moved(mirror(right), 0.5, 0))
+        rim = moved(np.concatenate([neckline[::-1] * (-1, 1), neckline[1:]]), 0.5, 0)
+        body.tint(body.stroke(moved(rim, 0, -0.008), 0.016, 0.008), self.shade * 0.8, 0.6)
         body.paint(mask, cloth)
         body.tint(body.glow(0.33, 0.84, 0.10, 0.05), cloth + (255 - cloth) * 0.30, 0.7)
         body.tint(body.glow(0.88, 1.0, 0.16, 0.14), cloth * 0.55, 0.8)
         body.tint(body.glow(0.08, 1.05, 0.12, 0.12), cloth * 0.6, 0.7)
         for side in (-1, 1):  # where the sleeves begin
-            fold = _curve(
+            fold = curve(
                 [(0.5 + side * 0.245, 0.89), (0.5 + side * 0.225, 0.94), (0.5 + side * 0.235, 1.04)], closed=False
             )
             body.tint(body.stroke(fold, 0.014, 0.014), cloth * 0.55, 0.9)
-        body.tint(body.stroke(_moved(rim, 0, 0.009), 0.015, 0.0015), cloth * 0.72, 0.9)
+        body.tint(body.stroke(moved(rim, 0, 0.009), 0.015, 0.0015), cloth * 0.72, 0.9)
         layer = cv2.resize(body.merged(), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
         return layer[: self.size - first], first
 
     def _paint_head(self, look):
         """Hair, ears and face without eyes, brows and mouth, on a canvas of twice the picture's density."""
-        head = _Canvas.empty(-0.32, -0.37, 0.32, 0.43, 2 * self.size)
+        head = Canvas.empty(-0.32, -0.37, 0.32, 0.43, 2 * self.size)
         w, chin, volume = self.half_width, self.chin, 0.010 + 0.045 * look.hair_volume
         skin, shade, hair = self.skin, self.shade, self.hair
         hair_shade, hair_light = hair * 0.62, hair + (255 - hair) * np.float32([0.26, 0.22, 0.17])
@@ -271,13 +151,13 @@ class Puppet:
             (spread * 0.99, 0.85 * tip),
         ]
         behind += [(0.80 * spread, tip + 0.012), (0.55 * w, 0.95 * tip), (0.46 * w, 0.6 * tip), (0, 0.4 * tip)]
-        back = head.mask(_curls(_curve(_mirror(behind)), look.hair_curl))
+        back = head.mask(curls(curve(mirror(behind)), look.hair_curl))
         head.paint(back, hair * 0.78)
         for side in (-1, 1):
             head.tint(head.glow(side * spread * 0.97, 0.5 * tip, 0.02, 0.12), hair_light, 0.35 if side < 0 else 0.15)
             head.tint(head.glow(side * 0.55 * w, 0.20, 0.045, 0.09), hair * 0.35, 0.8)  # the face's shadow
             for strand in np.linspace(0.70, 0.97, 4):
-                lock = _curve(
+                lock = curve(
                     [(side * w, 0), (side * strand * spread, 0.5 * tip), (side * strand * spread, tip)], closed=False
                 )
                 head.tint(back * head.stroke(lock, 0.004, 0.002), hair_shade * 0.8, 0.35 * long)
@@ -291,7 +171,7 @@ class Puppet:
         jaw = w * (0.77 + 0.12 * look.jaw)
         side = [(0, -0.262), (0.55 * w, -0.246), (0.9 * w, -0.17), (0.99 * w, -0.08), (w, 0.0), (0.96 * w, 0.075)]
         side += [(jaw, 0.62 * chin), (0.74 * jaw, 0.83 * chin), ((0.40 - 0.1 * look.chin) * w, 0.975 * chin), (0, chin)]
-        self.outline = _curve(_mirror(side))
+        self.outline = curve(mirror(side))
         face = head.mask(self.outline)
         head.paint(face, skin)
         self._shade_face(head, face, look)
@@ -315,15 +195,15 @@ class Puppet:
             (w + 0.006 + (0.35 + 0.25 * long) * volume, -0.06),
         ]
         outer += crown[::-1]
-        hairline = _curve(
+        hairline = curve(
             [(-0.975 * w, burn), (-0.965 * w, burn - 0.03), *left, *right, (w * 0.965, burn - 0.03), (w * 0.975, burn)],
             closed=False,
         )
-        top = _curls(_curve([*outer[1:], *[(-x, y) for x, y in outer[1:-1][::-1]]], closed=False), look.hair_curl)
+        top = curls(curve([*outer[1:], *[(-x, y) for x, y in outer[1:-1][::-1]]], closed=False), look.hair_curl)
         shape = np.concatenate([hairline, top])
         fringe = head.mask(shape)
         head.tint(
-            head.mask(_moved(shape, 0.004, 0.010), 0.007) * (1 - fringe), shade * 0.92, 0.8
+            head.mask(moved(shape, 0.004, 0.010), 0.007) * (1 - fringe), shade * 0.92, 0.8
         )  # its shadow on the skin
         head.paint(fringe, hair)
         everything = np.maximum(fringe, back * (1 - face))
@@ -340,8 +220,8 @@ class Puppet:
             bulge = np.float32(
                 [0.75 * goal[0] + 0.25 * part + 0.1 * goal[0], -0.215 - 0.5 * volume + 0.25 * abs(goal[0])]
             )
-            line = _curve(
-                [(part + 0.1 * goal[0], -0.262 - volume), _moved(bulge, 0, swing), _moved(goal, swing, -0.004)],
+            line = curve(
+                [(part + 0.1 * goal[0], -0.262 - volume), moved(bulge, 0, swing), moved(goal, swing, -0.004)],
                 closed=False,
             )
             line = line + 0.007 * look.hair_curl * np.sin(np.linspace(0, 14, len(line)) + 2.4 * strand)[:, None]
@@ -366,13 +246,13 @@ class Puppet:
                 (side * 0.055, self.nose + 0.026),
                 (side * 0.064, self.nose + 0.05),
             ]
-            head.tint(face * head.stroke(_curve(fold, closed=False), 0.005, 0.006), shade, 0.55)
+            head.tint(face * head.stroke(curve(fold, closed=False), 0.005, 0.006), shade, 0.55)
             crease = [
                 (side * (self.eye[0] - 0.9 * self.eye_half[0]), -0.012),
                 (side * self.eye[0], -1.62 * self.eye_half[1]),
             ]
             crease += [(side * (self.eye[0] + 1.0 * self.eye_half[0]), -0.012 - self.eye_tilt)]
-            head.tint(face * head.stroke(_curve(crease, closed=False), 0.004, 0.0012), shade * 0.85, 0.75)
+            head.tint(face * head.stroke(curve(crease, closed=False), 0.004, 0.0012), shade * 0.85, 0.75)
         # Nose: a lit bridge, a shaded flank, a ball with wings and nostrils.
         base, wing = self.nose, 0.023 + 0.010 * look.nose_width
         head.tint(face * head.glow(0.016, 0.6 * base, 0.010, 0.03), shade, 0.6)
@@ -388,7 +268,7 @@ class Puppet:
                 (side * wing * 0.9, base + 0.003),
                 (side * wing * 0.6, base + 0.003),
             ]
-            head.tint(face * head.stroke(_curve(alar, closed=False), 0.004, 0.0016), shade * 0.82, 0.95)
+            head.tint(face * head.stroke(curve(alar, closed=False), 0.004, 0.0016), shade * 0.82, 0.95)
             head.tint(face * head.glow(side * wing * 0.47, base + 0.003, 0.0065, 0.0034), shade * 0.45, 0.95)
         # Around the mouth.
         head.tint(face * head.glow(0, self.mouth[1] - 0.026, 0.006, 0.012), shade, 0.4)
@@ -417,7 +297,7 @@ class Puppet:
             lower + 1.28 * thick * body**0.8 + 0.001,
         )
         widths = (half, half, half + 0.005, half + 0.005)
-        return [np.stack([t * wide, curve], 1) for wide, curve in zip(widths, curves, strict=True)]
+        return [np.stack([t * wide, line], 1) for wide, line in zip(widths, curves, strict=True)]
 
     def _draw_mouth(self, patch, pose):
         upper, lower, top, bottom = self._mouth_curves(pose)
@@ -436,9 +316,9 @@ class Puppet:
             part.tint(inner * np.minimum(tongue * 1.3, 1) * min(1, gap / 0.02), (176, 74, 78), 0.75)
             edge = upper[12, 1] + min(0.009, 0.40 * gap) - 0.004 * (upper[:, 0] / upper[-1, 0]) ** 2
             teeth = np.stack([upper[:, 0] * 0.84, edge], 1)
-            teeth = np.concatenate([teeth, _moved(teeth[::-1], 0, -0.03)])
+            teeth = np.concatenate([teeth, moved(teeth[::-1], 0, -0.03)])
             part.tint(inner * part.mask(teeth), self.teeth, 0.93)
-            part.tint(inner * part.stroke(_moved(upper, 0, 0.002), 0.006), (60, 20, 24), 0.45)  # the lip's shadow
+            part.tint(inner * part.stroke(moved(upper, 0, 0.002), 0.006), (60, 20, 24), 0.45)  # the lip's shadow
         seam = part.stroke(upper if gap > 0.004 else (upper + lower) / 2, 0.0042)
         part.tint(seam, self.lip * 0.36, 0.9 if gap <= 0.004 else 0.6)
         for corner in (upper[0], upper[-1]):
@@ -462,9 +342,9 @@ class Puppet:
             part.tint(ball * part.disc(iris_x, iris_y, 0.82 * radius) * lit, self.iris * 1.15)
             part.tint(ball * part.disc(iris_x, iris_y, 0.45 * radius), (18, 14, 14))
             part.tint(ball * part.disc(iris_x - 0.005, iris_y - 0.006, 0.004), (255, 255, 255), 0.95)
-            part.tint(ball * part.stroke(_moved(lid, 0, 0.003), 0.007), self.shade * 0.5, 0.45)  # the lid's shadow
+            part.tint(ball * part.stroke(moved(lid, 0, 0.003), 0.007), self.shade * 0.5, 0.45)  # the lid's shadow
         part.tint(part.stroke(rim, 0.0026), self.shade * 0.75, 0.7)
-        lashes = np.concatenate([_moved(lid, 0, -0.0024), _moved(lid[::-1], 0, 0.0016)])
+        lashes = np.concatenate([moved(lid, 0, -0.0024), moved(lid[::-1], 0, 0.0016)])
         part.tint(part.mask(lashes), np.minimum(self.hair * 0.35, 40), 0.95)
 
     def _draw_brow(self, part, pose, side):
@@ -491,7 +371,7 @@ class Puppet:
             head[self.jaw_row :] = cv2.remap(self.head_pixels, self.jaw_columns, rows, cv2.INTER_LINEAR)
 
         def patch(*box):
-            return _Patch(head, self.head.corner, self.head.density, box)
+            return Patch(head, self.head.corner, self.head.density, box)
 
         self._draw_mouth(patch, pose)
         for side in (-1, 1):
@@ -502,11 +382,11 @@ class Puppet:
             part.put_back()
 
         picture = self.background.copy()
-        _lay_over(picture[self.body_top :], self._lean_body(pose))
+        lay_over(picture[self.body_top :], self._lean_body(pose))
         # From the canvas' pixels to head coordinates, from there to the picture.
         near, (left, top) = 1 / self.head.density, self.head.corner + 0.5 / self.head.density
         matrix = self._transform(pose) @ np.float32([[near, 0, left], [0, near, top], [0, 0, 1]])
-        _lay_over(picture, cv2.warpAffine(head, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR))
+        lay_over(picture, cv2.warpAffine(head, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR))
         return cv2.convertScaleAbs(picture)  # rounds and saturates
 
     def truth(self, pose):
@@ -525,10 +405,3 @@ class Puppet:
         columns = self.body_columns - self.body_follow * np.float32(pose.x)
         rows = self.body_rows - self.body_follow * np.float32(max(pose.y, 0))
         return cv2.remap(self.body, columns, rows, cv2.INTER_LINEAR)
-
-
-def _lay_over(picture, layer):
-    """Lay a premultiplied RGBA `layer` [H, W, 4] over the opaque `picture` [H, W, 3], in place."""
-    red, green, blue, alpha = cv2.split(layer)
-    cv2.multiply(picture, cv2.cvtColor(1 - alpha, cv2.COLOR_GRAY2RGB), picture)
-    cv2.add(picture, cv2.merge([red, green, blue]), picture)

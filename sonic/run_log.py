@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sonic.clips import Clip
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
+from sonic.training_config import TrainingConfig
 from sonic.weights import ROOT, read_json
 
 PROVENANCE = "run.json"

@@ -13,8 +13,9 @@ from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.trainable import PRECISIONS
+from sonic.training_config import TrainingConfig
 
 
 def any_says(accelerator: Accelerator, said: bool) -> bool:

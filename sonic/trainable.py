@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from sonic.audio import AudioExtractor
 from sonic.checkpoints import Checkpoint, open_checkpoint, save_model, save_released
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.denoiser import Denoiser
 from sonic.lora import add_lora, is_lora, load_lora, lora_matrices, merge, open_lora, save_lora
+from sonic.training_config import TrainingConfig
 from sonic.unet import AudioCrossAttention, SonicUNet
 from sonic.weights import fill_strict, read_tensors
 

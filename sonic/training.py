@@ -31,12 +31,13 @@ from torch import Tensor
 from sonic.audio import short_windows
 from sonic.checkpoints import BaseModels, training_checkpoints
 from sonic.clips import Clip
-from sonic.config import Settings, TrainingConfig, UserError
+from sonic.config import Settings, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import ClipBatch, Losses, Portrait, TrainingBatch, draw_sigma
 from sonic.files import remove_folder
 from sonic.run_log import PROVENANCE, RunState
 from sonic.trainable import Trained
+from sonic.training_config import TrainingConfig
 
 # The bucket predictor shares no weights with the UNet, so this only decides how much of the clipped gradient norm is its
 # own: raw, its error of 10 to 40 at the start would take nearly all of it.
@@ -239,6 +240,12 @@ def resume_state(accelerator: Accelerator, folder: Path) -> None:
         raise UserError(
             f"the training state in '{folder}' is damaged ({what}): resume from an earlier checkpoint"
         ) from error
+
+
+def keep_model_out_of_state(accelerator: Accelerator) -> None:
+    """Weights are saved once, in our own form, and loaded from there before accelerate restores the rest."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
 
 def save_training_checkpoint(

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sonic import media, sound
+from sonic.animator import Animator, to_pictures
 from sonic.clips import Clip
-from sonic.config import P_MEAN, P_STD, SAMPLES_PER_TICK, TICK_RATE, Settings, TrainingConfig, UserError
+from sonic.config import SAMPLES_PER_TICK, TICK_RATE, Settings, UserError
 from sonic.denoiser import Denoiser, TrainingBatch
-from sonic.pipeline import Animator, Speech, to_pictures
+from sonic.guided import Speech
 from sonic.training import Encoders, draw, face_share
+from sonic.training_config import P_MEAN, P_STD, TrainingConfig
 
 WINDOWS = 8  # fixed windows, spread over the clips
 GAP_SIGMAS = (1.0, 3.0)  # where the noise hides the lips but not the face

@@ -8,7 +8,8 @@ import soundfile
 import torch
 
 from sonic.checkpoints import create_checkpoint
-from sonic.config import SCHEDULER, Preset, Settings
+from sonic.config import Settings
+from sonic.presets import SCHEDULER, Preset
 
 torch.set_num_threads(1)  # the tiny model has nothing to share out; more threads only wait for each other
 
@@ -109,3 +110,20 @@ def clips(tmp_path_factory):
 def cache(tmp_path_factory):
     """A preparation cache that the training tests share."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Every run of a test is the first of its process."""
+    from runs import fresh  # late, as below: few tests need what it imports
+
+    yield
+    fresh()
+
+
+@pytest.fixture(scope="module")
+def parts(tiny, clips, cache):
+    """Start, configuration, data and encoders of a run, without the run."""
+    from runs import make_parts
+
+    return make_parts(tiny, clips, cache)

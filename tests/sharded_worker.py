@@ -15,6 +15,7 @@ import yaml
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
+import sonic.run_setup
 import sonic_training
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs/accelerate"
@@ -49,5 +50,5 @@ def zero2(**options) -> Accelerator:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sonic_training.Accelerator = {"fsdp2": fsdp2, "zero2": zero2}[sys.argv[1]]
+    sonic.run_setup.Accelerator = {"fsdp2": fsdp2, "zero2": zero2}[sys.argv[1]]
     sonic_training.run(lambda: sonic_training.main(sys.argv[2:]))

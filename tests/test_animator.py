@@ -12,11 +12,11 @@ import torch
 from conftest import EXAMPLES, voice
 
 from sonic import unfinished
-from sonic.animator import Animator, Told, decode_pieces, duration, to_pictures
+from sonic.animator import Animator, Progress, Told, decode_pieces, duration, to_pictures
 from sonic.config import SonicConfig, UserError
 from sonic.media import VideoReader
 from sonic.metrics import frame_differences
-from sonic.pipeline import Progress, SonicPipeline
+from sonic.pipeline import SonicPipeline
 
 PORTRAIT = EXAMPLES / "portrait.jpg"
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from runs import flags, losses, weights
 from test_guided import SIDE, WINDOW, denoiser_of, inputs
-from test_training import flags, fresh_accelerate, losses, weights  # noqa: F401
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 import sonic_training
 from sonic.blocks import compile_unet, lay_out
 from sonic.guided import Branches
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def compiler() -> str | None:

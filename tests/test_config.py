@@ -6,8 +6,10 @@ import pytest
 
 import sonic_demo
 import sonic_training
-from sonic.config import PRESETS, Settings, SonicConfig, TrainingConfig, UserError
+from sonic.config import Settings, SonicConfig, UserError
 from sonic.flags import number, one_of
+from sonic.presets import PRESETS
+from sonic.training_config import TrainingConfig
 
 
 def test_released_settings():

@@ -10,7 +10,7 @@ import pytest
 import sonic_demo
 import sonic_training
 from sonic import evaluation, lora, puppets
-from sonic.config import SonicConfig, TrainingConfig
+from sonic.config import SonicConfig
 from sonic.flags import (
     Checked,
     Parser,
@@ -24,6 +24,7 @@ from sonic.flags import (
     one_of,
     run,
 )
+from sonic.training_config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import torch
 from conftest import EXAMPLES
 
 from sonic import forecast
-from sonic.config import PRESETS, SonicConfig, UserError
+from sonic.config import SonicConfig, UserError
 from sonic.counting import Live
 from sonic.pipeline import SonicPipeline
+from sonic.presets import PRESETS
 
 PORTRAIT = EXAMPLES / "portrait.jpg"
 

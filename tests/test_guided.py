@@ -7,9 +7,10 @@ from conftest import TINY
 
 from sonic import pipeline
 from sonic.checkpoints import Architecture, load_base, open_checkpoint
-from sonic.config import PRESETS, SonicConfig, UserError
+from sonic.config import SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
 from sonic.guided import Branches, Speech, VideoKeys
+from sonic.presets import PRESETS
 from sonic.unet import SonicUNet
 
 FRAMES, WINDOW, SIDE = 7, 4, 8

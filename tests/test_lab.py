@@ -11,6 +11,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import lab
+import lab_claims
 import lab_report
 
 
@@ -64,12 +65,12 @@ def results():
 
 def verdicts(found):
     made = [
-        *lab_report.follows(found),
-        *lab_report.closes(found),
-        *lab_report.keeps(found),
-        *lab_report.bucket_rows(found),
-        *lab_report.guidance_row(found, 3.0),
-        *lab_report.shift_rows(found),
+        *lab_claims.follows(found),
+        *lab_claims.closes(found),
+        *lab_claims.keeps(found),
+        *lab_claims.bucket_rows(found),
+        *lab_claims.guidance_row(found, 3.0),
+        *lab_claims.shift_rows(found),
     ]
     return {one.claim.partition(" (")[0]: one.holds for one in made}
 
@@ -176,7 +177,7 @@ def test_numbers_that_were_kept_are_read_again(tmp_path):
 def test_runs_are_followed_through_their_checkpoints():
     found = {f"run seed-1 checkpoint-{step}": rows(r=r) for step, r in ((1000, 0.9), (500, 0.7))}
     found |= {"log of run seed-1": checks([0, 0.01, 0.02]), "log of run seed-2": checks([0, 0.01])}
-    curves = lab_report.training_curves(found)
+    curves = lab_claims.training_curves(found)
     assert list(curves) == ["seed-1"]  # nothing of the other was animated
     assert curves["seed-1"]["steps"].tolist() == [500, 1000] and curves["seed-1"]["r"].tolist() == [0.7, 0.9]
     assert curves["seed-1"]["audio_gap_sigma_3"].tolist() == [0, 0.01, 0.02]

@@ -10,23 +10,25 @@ import psutil
 import pytest
 import torch
 from conftest import EXAMPLES
+from runs import finish, flags, losses, start
 from safetensors.torch import load_file, save_file
-from test_processes import finish, start
-from test_training import flags, fresh_accelerate, losses  # noqa: F401 (a fixture for every test here too)
 from torch.utils.data import default_collate
 
 import sonic.latents
 import sonic.prepare
 import sonic_training
 from sonic.checkpoints import BaseSizes, load_base, load_whisper, open_checkpoint
-from sonic.config import Settings, TrainingConfig, UserError
+from sonic.config import Settings, UserError
 from sonic.dataset import clip_square
 from sonic.latents import LatentFiles, cache_latents, gb_per_hour
 from sonic.media import VideoReader, save_video
 from sonic.prepare import Share, prepare
 from sonic.sound import load_audio
 from sonic.training import Encoders, with_model_defaults
+from sonic.training_config import TrainingConfig
 from sonic.validation import Validation
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CPU = torch.device("cpu")
 TICKS = 26

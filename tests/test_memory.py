@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 import sonic_training
 from sonic import memory
 from sonic.checkpoints import Architecture, Checkpoint, load_base, open_checkpoint
-from sonic.config import PRESETS, TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.counting import Live, inside_kernel
 from sonic.memory import (
     Estimate,
@@ -25,8 +25,10 @@ from sonic.memory import (
     ways_to_save,
 )
 from sonic.optimizers import make_optimizer
+from sonic.presets import PRESETS
 from sonic.trainable import choose
 from sonic.training import with_model_defaults
+from sonic.training_config import TrainingConfig
 
 # What a full-size run is constructed with, in every combination; a value of these flags more is a word more here.
 TRAIN_MODULES = ["all", "attention", "audio", "lora"]

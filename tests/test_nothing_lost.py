@@ -13,14 +13,17 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from test_training import flags, fresh_accelerate, losses, same, weights  # noqa: F401
+from runs import flags, losses, same, weights
 
 import sonic_training
 from sonic.checkpoints import training_checkpoints
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.run_log import FIXED, PRACTICAL, RunState, by_noise_level, differences, fingerprint, only_run_in, read_log
 from sonic.stopping import StopSignals
 from sonic.training import keep_checkpoints
+from sonic.training_config import TrainingConfig
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 stock_loss = sonic_training.total_loss
 

@@ -1,51 +1,18 @@
 """Training as processes of the operating system: two at once, one that reports to wandb, and one that is killed again and again."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT
-from test_training import flags, losses, same, weights
+from runs import finish, flags, losses, same, start, wait_for, weights
 
-from sonic_training import make_output_dir
+from sonic.run_setup import make_output_dir
 
 STEPS = 9
 BATCH = {"train_batch_size": 2, "save_steps": 1, "max_train_steps": STEPS}
-
-
-def start(arguments, cwd, launcher=(), **environment):
-    """The training script in a process of its own; its output goes to `cwd`/printed.txt.
-
-    One thread: at this size more of them only wait for each other, for seconds per step where cores are shared.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, *launcher, ROOT / "sonic_training.py", *arguments]
-    with (cwd / "printed.txt").open("a") as printed:
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=printed, stderr=subprocess.STDOUT)
-
-
-def finish(process, cwd):
-    """Waits for the end and gives what was printed."""
-    try:
-        process.wait(timeout=120)
-    finally:
-        process.kill()  # nothing happens to one that has ended
-    printed = (cwd / "printed.txt").read_text()
-    assert process.returncode == 0, printed
-    return printed
-
-
-def wait_for(path, process):
-    """Returns when the path exists, or when it will not any more."""
-    until = time.monotonic() + 120
-    while not path.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
 
 
 def checkpoints(output):

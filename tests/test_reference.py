@@ -17,13 +17,15 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from sonic import pictures, sound
 from sonic.adapters import AudioBucket, AudioToken
+from sonic.animator import Animator
 from sonic.audio import WhisperFeatures, frame_ticks, long_windows, short_windows
 from sonic.checkpoints import PARTS, Architecture, BaseModels
-from sonic.config import PRESETS, Settings
+from sonic.config import Settings
 from sonic.denoiser import Denoiser, Portrait
 from sonic.faces import square_crop
-from sonic.pipeline import Animator, Speech
+from sonic.guided import Speech
 from sonic.portrait import prepare_portrait
+from sonic.presets import PRESETS
 from sonic.sampling import noise_levels
 from sonic.unet import Conditions, SonicUNet
 from sonic.weights import load_strict

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from sonic.config import SCHEDULER
 from sonic.denoiser import denoised
+from sonic.presets import SCHEDULER
 from sonic.sampling import branch_shares, euler_step, in_interval, noise_levels, ramp, sample, two_step, windows
 
 

@@ -4,22 +4,16 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from runs import fresh
 
 import sonic.prepare
 import sonic_training
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.shard_stream import shard_list
+from sonic.training_config import TrainingConfig
 
 pytest.importorskip("webdataset", reason="pip install webdataset")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its state for the process's life; here every run is to be the first."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +53,10 @@ def test_a_run_on_shards_trains_and_goes_on(tiny, shards, tmp_path, capsys):
     sonic_training.main(flags(tiny, shards, one))
     assert "clips out of 2 shards, 0 held-out clips" in capsys.readouterr().out
     assert (one / "checkpoint-3" / "unet.safetensors").exists() and (one / "config.json").exists()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh()
     sonic_training.main(flags(tiny, shards, two))
     assert losses(one) == losses(two) and all(torch.tensor(list(losses(one).values())).isfinite())
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh()
     sonic_training.main(flags(tiny, shards, one, max_train_steps=4, resume_from_checkpoint="latest"))
     assert list(losses(one)) == [1, 2, 3, 4]
 

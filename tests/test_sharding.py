@@ -12,11 +12,13 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
-from test_training import flags, fresh_accelerate, losses, weights  # noqa: F401
+from runs import flags, losses, weights
 
 import sonic_training
 from sonic import adapters
 from sonic.checkpoints import open_checkpoint
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CONFIGS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 

@@ -9,27 +9,18 @@ import shutil
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from runs import finish, fixed_batch, flags, fresh, losses, same, start, weights
 from safetensors.torch import load_file
-from test_processes import finish
-from test_processes import start as start_script
-from test_training import (  # noqa: F401
-    fixed_batch,
-    flags,
-    fresh_accelerate,
-    losses,
-    parts,
-    same,
-    weights,
-)
 
 import sonic.lora
 import sonic_training
 from sonic.checkpoints import open_checkpoint
-from sonic.config import TrainingConfig, UserError
+from sonic.config import UserError
 from sonic.memory import Estimator
 from sonic.optimizers import Muon, make_optimizer
 from sonic.trainable import Trained, choose
 from sonic.training import with_model_defaults
+from sonic.training_config import TrainingConfig
 from sonic.unet import SonicUNet
 from sonic.validation import Validation
 
@@ -38,6 +29,8 @@ needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def is_trained(modules, name):
@@ -64,13 +57,6 @@ def run(tiny, clips, cache, tmp_path_factory):
         return made[key]
 
     return make
-
-
-def fresh():
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 WAYS = {
@@ -124,7 +110,7 @@ def test_both_forms_of_a_checkpoint_are_whole(run, tiny, way):
 
 
 @pytest.mark.parametrize("modules", ["attention", "audio", pytest.param("lora", marks=needs_peft)])
-def test_frozen_weights_in_half_precision_give_the_same_losses(parts, modules, monkeypatch):  # noqa: F811
+def test_frozen_weights_in_half_precision_give_the_same_losses(parts, modules, monkeypatch):
     """Bit for bit: autocast rounds the matrices to the same values."""
     start, config, _, _ = parts
     config = dataclasses.replace(config, train_modules=modules, mixed_precision="bf16")
@@ -175,7 +161,7 @@ def test_two_processes_keep_one_average(tiny, clips, cache, tmp_path):
     more = WAYS["audio"] | {"max_train_steps": 2, "save_steps": 1}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     finish(
-        start_script(flags(tiny, clips, cache, tmp_path / "two", **more), tmp_path, torchrun, ACCELERATE_USE_CPU="1"),
+        start(flags(tiny, clips, cache, tmp_path / "two", **more), tmp_path, torchrun, ACCELERATE_USE_CPU="1"),
         tmp_path,
     )
     sonic_training.main(flags(tiny, clips, cache, tmp_path / "one", train_batch_size=2, **more))
@@ -231,7 +217,7 @@ def with_random_lora(start, **more):
 
 
 @needs_peft
-def test_the_merged_model_does_what_base_and_lora_do(parts):  # noqa: F811
+def test_the_merged_model_does_what_base_and_lora_do(parts):
     start = parts[0]
     trained, (clip, noise) = with_random_lora(start), fixed_batch(parts)
     batch = clip.with_noise(noise)

@@ -8,24 +8,23 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import OWN_FEATURES, ROOT
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader, default_collate
+from runs import fixed_batch, flags, losses, same, weights
+from torch.utils.data import DataLoader
 
 import sonic_training
-from sonic.checkpoints import PARTS, load_base, load_whisper, open_checkpoint
+from sonic.checkpoints import load_whisper, open_checkpoint
 from sonic.clips import hold_out
-from sonic.config import Settings, TrainingConfig, UserError
+from sonic.config import Settings, UserError
 from sonic.dataset import SonicDataset
 from sonic.denoiser import Losses
 from sonic.media import VideoReader
 from sonic.pieces import Screening
 from sonic.prepare import prepare
 from sonic.run_log import Log, RunState
+from sonic.run_setup import for_this_run
 from sonic.training import (
     BUCKET_LOSS_WEIGHT,
-    Encoders,
     SampleNumbers,
     draw,
     lip_loss,
@@ -35,51 +34,10 @@ from sonic.training import (
     total_loss,
     with_model_defaults,
 )
+from sonic.training_config import TrainingConfig
 from sonic.validation import Validation, face_loss
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its state for the process's life; here every run is to be the first."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def flags(tiny, clips, cache, output, **more):
-    """Arguments of a short run."""
-    given = {
-        "model_path": tiny,
-        "data_root": clips,
-        "cache_dir": cache,
-        "output_dir": output,
-        "learning_rate": 1e-3,
-        "max_train_steps": 4,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "validation_steps": 0,
-        "num_workers": 0,
-        **more,
-    }
-    switches = [f"--{name}" for name, value in given.items() if value is True]
-    return switches + [text for name, value in given.items() if value is not True for text in (f"--{name}", str(value))]
-
-
-def losses(output):
-    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: (row["loss"], row["bucket_loss"], row["grad_norm"]) for row in rows if "loss" in row}
-
-
-def weights(checkpoint):
-    return {
-        f"{part}.{name}": tensor
-        for part in PARTS
-        for name, tensor in load_file(checkpoint / f"{part}.safetensors").items()
-    }
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -196,23 +154,6 @@ def test_validation(tiny, clips, cache, tmp_path, capsys):
     assert videos == ["step-000001.mp4", "step-000002.mp4"]
     assert list((tmp_path / "sonic").glob("events.*"))
     assert "audio_gap_sigma_1" in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def parts(tiny, clips, cache):
-    """Data, encoders and configuration of a run, without the run."""
-    start = open_checkpoint(tiny)
-    config = with_model_defaults(TrainingConfig(data_root=str(clips)), start.settings)
-    whisper = load_whisper(start.whisper_path)
-    data = prepare(clips, cache, whisper, num_frames=4, frame_step=1, num_workers=0, progress=False)
-    return start, config, data, Encoders(load_base(start.base_model), torch.device("cpu"))
-
-
-def fixed_batch(parts, size=2):
-    _, config, data, encoders = parts
-    dataset = SonicDataset(data.clips, num_frames=4, frame_step=1, resolution=64, clip_size=28, seed=0)
-    clip = encoders(default_collate([dataset[number] for number in range(size)]))
-    return clip, draw(config, list(range(size)), clip.latents.shape[1:])
 
 
 def test_loss_on_a_fixed_batch_falls_under_half(parts):
@@ -377,7 +318,7 @@ def test_shift_of_a_run_follows_its_frame_rate(tiny, frame_step, shift):
     """SPEC.md section 5: 3 for 25 fps models, 7 for 12.5 fps as the released weights."""
     start = open_checkpoint(tiny)
     config = with_model_defaults(TrainingConfig(data_root="x", frame_step=frame_step), start.settings)
-    assert sonic_training.for_this_run(start, config, Screening()).settings.shift_offset == shift
+    assert for_this_run(start, config, Screening()).settings.shift_offset == shift
 
 
 def test_dry_run_writes_nothing(tiny, clips, cache, tmp_path, capsys):

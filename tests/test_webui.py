@@ -23,13 +23,14 @@ from PIL import Image
 import sonic_demo
 from sonic import webui
 from sonic.checkpoints import create_checkpoint
-from sonic.config import PRESETS, SAMPLE_RATE, PageConfig, SonicConfig, UserError
+from sonic.config import SAMPLE_RATE, PageConfig, SonicConfig, UserError
 from sonic.media import VideoReader, read_metadata, save_video
 from sonic.page_actions import Actions
 from sonic.page_jobs import CHOICES, Cancelled, Made
 from sonic.page_limits import Limits, Store, accounts, resolve
 from sonic.page_text import TEXTS, say
 from sonic.pipeline import SonicPipeline
+from sonic.presets import PRESETS
 from sonic.sound import load_audio
 from sonic.weights import ROOT
 
