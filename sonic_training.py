@@ -45,7 +45,7 @@ from sonic.memory import Estimator, available_memory, require_memory, used_memor
 from sonic.optimizers import make_optimizer
 from sonic.pieces import Screening
 from sonic.pipeline import Animator
-from sonic.prepare import PreparedData, Share, find_videos, prepare, screening_for
+from sonic.prepare import PreparedData, find_videos, prepare, screening_for
 from sonic.run_log import (
     TOO_MANY,
     Log,
@@ -83,6 +83,7 @@ from sonic.training import (
 )
 from sonic.validation import Validation
 from sonic.weights import atomic_folder, locate
+from sonic.workers import Share
 
 WINDOWS_TO_FIT = 4096  # of audio features, for --init_audio2token
 

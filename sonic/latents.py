@@ -40,9 +40,9 @@ from sonic.config import TICK_RATE, TrainingConfig, UserError
 from sonic.dataset import VAE_FACTOR, SonicDataset, clip_square, cut, mirror, pixels
 from sonic.media import VideoReader, resize_square
 from sonic.portrait import clip_pixels
-from sonic.prepare import Share
 from sonic.training import EncodedClip, encode_frames, encoded_clip, sample_settings
 from sonic.weights import content_hash, remembered
+from sonic.workers import Share
 
 # Of what is encoded: raise it when pictures or embeddings come out otherwise, and cached ones are made anew.
 VERSION = 1

@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -29,14 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
+from sonic.clips import Clip
 from sonic.config import FEATURES_PER_TICK, TICK_RATE, UserError
 from sonic.dataset import WINDOW_REACH
 from sonic.media import VideoReader, clock_zero, first_video_stream
 from sonic.track_cache import make_folder, write_whole
-
-if TYPE_CHECKING:
-    from sonic.clips import Clip
-    from sonic.prepare import Share
+from sonic.workers import Share
 
 VERSION = 1  # of what is in a shard
 AS_THEY_ARE = ("width", "height", "area", "expand", "max_bucket")  # fields of a Clip that its stretch shares

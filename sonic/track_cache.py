@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +44,29 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give another --cache_dir.") from error
 
 
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it is whole; no other process takes the same place."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Makes a failure to write a file, in the block, a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another --cache_dir.") from error
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Whole or not at all, also when two runs write the same file."""
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
+        with told(path):
+            partial.write_bytes(content)
+            partial.replace(path)
+    finally:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}): give another --cache_dir.") from error
 
 
 def save_measured(measured: Measured, entry: Path) -> None:

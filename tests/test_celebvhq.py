@@ -14,7 +14,7 @@ from sonic.celebvhq import clip_box, cut_clips, read_annotations
 from sonic.config import UserError
 from sonic.media import VideoReader, load_audio
 from sonic.pieces import read_pieces
-from sonic.prepare import Share
+from sonic.workers import Share
 
 DATA = Path(__file__).parent / "data"
 RAW = "M2Ohb0FAaJU"

@@ -25,9 +25,9 @@ from sonic.config import UserError
 from sonic.dataset import SonicDataset
 from sonic.faces import landmark_box
 from sonic.media import VideoReader
-from sonic.prepare import Share
 from sonic.shard_stream import Reader, ShardStream, read_shards, shard_list, shuffled, stream_loader, unpack
 from sonic.shards import export_shards
+from sonic.workers import Share
 
 DATA = Path(__file__).parent / "data"
 EARS = "ears-1"
