@@ -1,7 +1,7 @@
 """A folder of videos to prepared clips: measured, judged, cached, resumable, spread over processes.
 
     python -m sonic.prepare --data_root VIDEOS --cache_dir CACHE --num_workers 16     # and training with the same --cache_dir
-    accelerate launch --num_processes 4 -m sonic.prepare ...                          # machines share one --cache_dir
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 2 ... -m sonic.prepare ...   # docs/data.md
     python -m sonic.prepare ... --celebvhq celebvhq_info.json                         # VIDEOS: CelebV-HQ's raw videos
     python -m sonic.prepare ... --whisper_path WHISPER --export_shards SHARDS         # for training with --data_shards
 
@@ -376,6 +376,8 @@ def main(arguments: list[str] | None = None) -> None:
     make_folder(cache_dir)
     if share.index == 0:
         write_whole(cache_dir / SCREENING, (json.dumps(dataclasses.asdict(screening), indent=1) + "\n").encode())
+        if share.count > 1:  # not to be seen where a launcher was asked for several and has started one
+            print(f"{share.count} processes share the videos")
     data_root, uncut = config.data_root, []
     if config.celebvhq:
         data_root, uncut = _cut_celebvhq(config, share)
@@ -459,7 +461,8 @@ def _extractor(config: PrepareConfig):
     from sonic.checkpoints import LazyWhisper
     from sonic.weights import locate
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own = int(os.environ.get("LOCAL_RANK", 0))  # of the processes that a launcher has started on this machine
+    device = torch.device("cuda", own % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     return LazyWhisper(locate(config.whisper_path, "Whisper"), Path(config.cache_dir) / "whisper.json", device)
 
 
