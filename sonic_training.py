@@ -21,6 +21,7 @@ import math
 import tempfile
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from sonic.checkpoints import (
 from sonic.clips import Clip, hold_out
 from sonic.config import NO_CROP, TrainingConfig, UserError
 from sonic.flags import Parser, config_from, given, run
-from sonic.latents import CachedLatents, cache_latents, gb_per_hour
+from sonic.latents import CachedLatents, cache_latents, gb_per_hour, streamed
 from sonic.memory import Estimator, available_memory, require_memory, used_memory, verdict
 from sonic.optimizers import make_optimizer
 from sonic.pieces import Screening
@@ -486,9 +487,13 @@ def shortest_clip(config: TrainingConfig) -> int:
     return config.num_frames * config.frame_step + 1
 
 
-def stream_shards(config: TrainingConfig, extractor, encoders: Encoders, share: Share) -> ShardStream:
+def stream_shards(config: TrainingConfig, extractor, encoders: Encoders | CachedLatents, share: Share) -> ShardStream:
     """This process's part of the samples in --data_shards."""
-    settings = sample_settings(config) | {"clip_size": encoders.base.image_encoder.config.image_size}
+    settings = sample_settings(config)
+    if isinstance(encoders, CachedLatents):
+        kind = {"latents": encoders.files.folder.name, "samples_of": partial(streamed, files=encoders.files)}
+    else:
+        kind, settings["clip_size"] = {}, encoders.base.image_encoder.config.image_size
     return ShardStream(
         shard_list(config.data_shards),
         extractor.name,
@@ -497,6 +502,7 @@ def stream_shards(config: TrainingConfig, extractor, encoders: Encoders, share: 
         buffer=config.shard_buffer,
         rank=share.index,
         world=share.count,
+        **kind,
     )
 
 

@@ -356,6 +356,10 @@ class PrepareConfig(Checked):
         None, "folder for the kept clips as tar files that training reads with --data_shards; needs --whisper_path"
     )
     shard_size: int = flag(64, "clips per tar file", POSITIVE)
+    shard_latents: str | None = flag(
+        None,
+        "a folder in CACHE/latents, which --cache_latents of training has filled: put its latents into the shards too",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -363,6 +367,8 @@ class PrepareConfig(Checked):
             raise UserError("whisper_path and audio_extractor are two kinds of features: give one of them")
         if self.export_shards and not (self.whisper_path or self.audio_extractor):
             raise UserError("shards hold audio features: give --whisper_path beside --export_shards")
+        if self.shard_latents and not self.export_shards:
+            raise UserError("shard_latents is for shards: give --export_shards too")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -410,7 +416,13 @@ def main(arguments: list[str] | None = None) -> None:
         from sonic.shards import export_shards  # brings torch
 
         left_out = export_shards(
-            data.clips, extractor.name, config.export_shards, config.shard_size, share, progress=share.index == 0
+            data.clips,
+            extractor.name,
+            config.export_shards,
+            config.shard_size,
+            share,
+            config.shard_latents and Path(config.shard_latents),
+            progress=share.index == 0,
         )
         if share.index == 0:
             print(f"shards of {len(data.clips) - len(left_out)} clips: {config.export_shards}")
