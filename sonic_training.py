@@ -46,7 +46,8 @@ from sonic.memory import Estimator, available_memory, require_memory, used_memor
 from sonic.optimizers import make_optimizer
 from sonic.pieces import Screening
 from sonic.pipeline import Animator
-from sonic.prepare import PreparedData, find_videos, prepare, screening_for
+from sonic.prepare import find_videos, prepare, screening_for
+from sonic.prepared import PreparedData
 from sonic.run_log import (
     TOO_MANY,
     Log,

@@ -17,8 +17,8 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,69 +26,21 @@ from tqdm import tqdm
 
 from sonic.celebvhq import cut_clips
 from sonic.clips import Clip
-from sonic.config import NO_CROP, POSITIVE, STEP, TICK_RATE, WHOLE, UserError
+from sonic.config import NO_CROP, POSITIVE, STEP, WHOLE, UserError
 from sonic.data_report import write_report
 from sonic.features import features_fit, make_features
 from sonic.flags import Checked, Parser, config_from, flag, number, run
 from sonic.judging import judge
 from sonic.measuring import Measured, measure
-from sonic.pieces import Piece, Screening, by_step
-from sonic.track_cache import VERSION, entry_key, load_measured, make_folder, save_measured, write_whole
+from sonic.pieces import Piece, Screening
+from sonic.prepared import NothingUsable, PreparedData, Report, listing
+from sonic.track_cache import entry_key, load_measured, make_folder, save_measured, write_whole
 from sonic.workers import Share, in_workers
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}
 SCREENING = "screening.json"  # in the cache: the thresholds that python -m sonic.prepare was given
 MANY = 400  # videos whose judging takes longer than the start of processes
 WHOLE_PICTURE = 1e6  # face sizes of margin, which the picture's edges limit
-
-
-@dataclass
-class Report:
-    """How much work a preparation did, and how much of an earlier one it could use."""
-
-    tracks_made: int = 0
-    tracks_reused: int = 0
-    features_made: int = 0
-    features_reused: int = 0
-
-    @staticmethod
-    def sum(reports: Sequence[Report]) -> Report:
-        """The work of several processes together."""
-        return Report(*(sum(counts) for counts in zip(*(astuple(one) for one in reports), strict=True)))
-
-
-@dataclass
-class PreparedData:
-    """What training reads: the usable clips, all pieces with what was measured, and each unusable video with its reason."""
-
-    clips: list[Clip] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)  # of all videos, kept and dropped
-    report: Report = field(default_factory=Report)
-
-    def table(self) -> str:
-        """One line per video that was left out, and a summary, as plain text."""
-        kept = self.clips or [piece for piece in self.pieces if piece.kept]
-        videos = len({one.video for one in kept})
-        seconds = sum(one.num_ticks for one in kept) / TICK_RATE
-        lines = [f"{videos} videos used: {len(kept)} clips, {seconds:.1f} s; {len(self.left_out)} videos left out"]
-        dropped = [piece for piece in self.pieces if not piece.kept]
-        if dropped:
-            counts = ", ".join(f"{step} {count}" for step, count in by_step(dropped).items() if count)
-            lines[0] += f"; {len(dropped)} pieces dropped ({counts})"
-        # A name may hold a line break, which must not break the table.
-        names = [repr(name)[1:-1] for name, _ in self.left_out]
-        column = min(max(map(len, names), default=0), 60)
-        lines += [f"  {name:<{column}}  {reason}" for name, (_, reason) in zip(names, self.left_out, strict=True)]
-        return "\n".join(lines)
-
-
-class NothingUsable(UserError):
-    """All videos were left out. `data` says why."""
-
-    def __init__(self, message: str, data: PreparedData):
-        super().__init__(message)
-        self.data = data
 
 
 # ------------------------------------------------------------------------------------------------------------ the doors
@@ -130,12 +82,7 @@ def prepare(
     tasks = [(name, entries.get(name), failed.get(name), screening, needed, questions[name]) for name in own]
     outcomes = _judge_all(tasks, 0 if syncnet else num_workers, progress)
     if extractor:
-        for name, (key, num_ticks, pieces) in tqdm(
-            outcomes.items(), desc="audio features", unit="video", disable=None if progress else True
-        ):
-            entry = features / f"{key}.safetensors"
-            heard = _listen(data_root / name, pieces, num_ticks, extractor, entry, data.report)
-            outcomes[name] = (key, num_ticks, heard)
+        _listen_all(data_root, outcomes, extractor, features, progress, data.report)
 
     outcomes = dict(share.gather(list(outcomes.items())))
     data.report = Report.sum(share.gather([data.report]))
@@ -151,7 +98,7 @@ def prepare(
                 raise UserError(f"another process's results are not in {cache_dir}: give one that all machines see.")
             data.clips += _clips(data_root / name, measured, kept, features / f"{key}.safetensors", screening)
     if share.index == 0:
-        write_whole(cache_dir / "prepared.json", _listing(data, videos, screening, extractor).encode())
+        write_whole(cache_dir / "prepared.json", listing(data, videos, screening, extractor).encode())
     if not any(piece.kept for piece in data.pieces):
         raise NothingUsable(f"No video in {data_root} can be used:\n{data.table()}", data)
     return data
@@ -265,6 +212,21 @@ def _syncnet(weights: str, cache_dir: Path):
 # ---------------------------------------------------------------------------------------------------- stage 3: features
 
 
+def _listen_all(
+    data_root: Path,
+    outcomes: dict[str, tuple[str, int, list[Piece]]],
+    extractor,
+    folder: Path,
+    progress: bool,
+    report: Report,
+) -> None:
+    """Stage 3 for every video; changes the pieces of those that have no sound any more."""
+    for name in tqdm(outcomes, desc="audio features", unit="video", disable=None if progress else True):
+        key, num_ticks, pieces = outcomes[name]
+        pieces = _listen(data_root / name, pieces, num_ticks, extractor, folder / f"{key}.safetensors", report)
+        outcomes[name] = key, num_ticks, pieces
+
+
 def _listen(path: Path, pieces: list[Piece], num_ticks: int, extractor, features: Path, report: Report) -> list[Piece]:
     """Makes a video's features where a piece is kept and the cache has none; without sound, no piece is kept."""
     if not any(piece.kept for piece in pieces):
@@ -308,27 +270,6 @@ def _clips(path: Path, measured: Measured, pieces: list[Piece], features: Path, 
 def _track_of(measured: Measured, piece: Piece) -> tuple[int, np.ndarray, np.ndarray]:
     """The track that a piece was cut from."""
     return next(track for track in measured.tracks if track[0] <= piece.start < track[0] + len(track[1]))
-
-
-def _listing(data: PreparedData, videos: list[str], screening: Screening, extractor) -> str:
-    """prepared.json: every video with what is used of it, or why nothing is; all pieces; the thresholds."""
-    reasons = dict(data.left_out)
-    rows = [{"video": name, "used": name not in reasons} for name in videos]
-    kept: dict[str, list[dict]] = {}
-    for piece in data.pieces:
-        if piece.kept:
-            facts = {"name": f"{piece.video}@{piece.start}", "start": piece.start, "num_ticks": piece.num_ticks}
-            kept.setdefault(piece.video, []).append(facts)
-    for row in rows:
-        row |= {"clips": kept[row["video"]]} if row["used"] else {"reason": reasons[row["video"]]}
-    listing = {
-        "version": VERSION,
-        "extractor": extractor.name if extractor else None,
-        "screening": dataclasses.asdict(screening),
-        "videos": rows,
-        "pieces": [piece.to_json() for piece in data.pieces],
-    }
-    return json.dumps(listing, indent=1) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------- the command line

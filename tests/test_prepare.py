@@ -17,7 +17,8 @@ import sonic.track_cache
 from sonic.clips import Clip, hold_out
 from sonic.config import UserError
 from sonic.media import VideoReader, load_audio, save_video
-from sonic.prepare import PreparedData, find_videos, prepare
+from sonic.prepare import find_videos, prepare
+from sonic.prepared import PreparedData
 
 DATA = Path(__file__).parent / "data"
 SIZES = {"num_frames": 10, "frame_step": 2, "progress": False}

@@ -163,6 +163,14 @@ def test_a_second_export_makes_only_what_has_changed(clips, exported, monkeypatc
         export_shards(clips[:2], EARS, exported, 3, Share(), progress=False)
 
 
+def test_latents_that_are_not_there_are_told(clips, tmp_path):
+    with pytest.raises(UserError, match="is no folder of latents"):
+        export_shards(clips, EARS, tmp_path / "out", 3, Share(), tmp_path / "none", progress=False)
+    (tmp_path / "empty").mkdir()
+    left_out = export_shards(clips[:1], EARS, tmp_path / "out", 3, Share(), tmp_path / "empty", progress=False)
+    assert [name for name, _ in left_out] == [clips[0].name] and "cannot be read" in left_out[0][1]
+
+
 def test_processes_share_the_shards_and_a_clip_that_is_gone_is_named(clips, tmp_path):
     shutil.copy(clips[0].path, tmp_path / "gone.mp4")
     gone = make_clip(tmp_path / "gone.mp4", 2, 30, tmp_path / "gone.safetensors")
