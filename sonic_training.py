@@ -38,7 +38,7 @@ from sonic.latents import CachedLatents, cache_latents
 from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
 from sonic.pieces import Screening
-from sonic.prepare import Share, screening_for
+from sonic.prepare import screening_for
 from sonic.run_log import (
     TOO_MANY,
     Log,
@@ -87,6 +87,7 @@ from sonic.training import (
 )
 from sonic.training_config import TrainingConfig
 from sonic.validation import Validation
+from sonic.workers import Share
 
 WINDOWS_TO_FIT = 4096  # of audio features, for --init_audio2token
 

@@ -1,7 +1,7 @@
 """Where the time of a preparation goes, what memory it takes, and how large its cache is.
 
     python benchmarks/preparation.py --video VIDEO --seconds 60           # that video looped to a minute
-    python benchmarks/preparation.py --video VIDEO --seconds 3600 --threads 1
+    python benchmarks/preparation.py --video VIDEO --seconds 3600         # an hour of it: what grows with a file's length
 
 Measures one file as a worker does (all steps, without Whisper and latents). Times are CPU seconds of this process, so that
 another program on the machine changes them little; two workers on two cores do twice as much per second.
@@ -29,8 +29,8 @@ from sonic.flags import Parser, run
 from sonic.judging import judge
 from sonic.media import VideoReader
 from sonic.pieces import Screening
-from sonic.prepare import _be_a_worker
 from sonic.track_cache import save_measured
+from sonic.workers import be_a_worker
 
 # What is timed: the part's name, where the function lies, and its name. Inner parts are taken from outer ones.
 PARTS = (
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--seconds", type=float, default=60, help="how long it is made by looping (default: %(default)s)"
     )
     flags = parser.parse_args(arguments)
-    _be_a_worker()
+    be_a_worker()
     with tempfile.TemporaryDirectory() as folder:
         path = loop(Path(flags.video), Path(folder) / "long.mkv", flags.seconds)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

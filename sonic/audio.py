@@ -32,6 +32,9 @@ class AudioExtractor(Protocol):
 
     `name` identifies the features in caches and checkpoints (letters, digits, dot, dash, underscore); a call maps speech
     [n] float32 at 16 kHz to features [2 · (n // 640), layers, width]: 50 per second, never longer than the speech.
+
+    One that hears a sound in stretches of so many samples (a multiple of 640), each for itself, may say so by a fifth member,
+    `stretch`: preparation then gives it these one by one, and a sound of hours is not in memory as a whole.
     """
 
     name: str
@@ -48,6 +51,8 @@ def num_ticks(samples: int) -> int:
 
 class WhisperFeatures:
     """All hidden states of a Whisper encoder, 30 s at a time. `encoder` is transformers' WhisperEncoder."""
+
+    stretch = CHUNK
 
     def __init__(self, encoder: nn.Module, name: str | None = None):
         self.encoder = encoder.eval().requires_grad_(False)
@@ -132,4 +137,6 @@ def load_extractor(spec: str) -> AudioExtractor:
         raise UserError(f"'{spec}' needs name, layers, width and a call: see sonic/audio.py, AudioExtractor")
     if not re.fullmatch(r"[\w.-]*\w", str(extractor.name)):
         raise UserError(f"'{spec}' is named {extractor.name!r}: use letters, digits, dots, dashes and underscores")
+    if (stretch := getattr(extractor, "stretch", None)) and stretch % SAMPLES_PER_TICK:
+        raise UserError(f"'{spec}' hears stretches of {stretch} samples: make that a multiple of {SAMPLES_PER_TICK}")
     return extractor

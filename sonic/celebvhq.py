@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -28,9 +24,7 @@ from sonic.files import whole_file
 from sonic.media import VideoReader, VideoWriter
 from sonic.sound import audio_stretches
 from sonic.track_cache import make_folder
-
-if TYPE_CHECKING:
-    from sonic.prepare import Share
+from sonic.workers import Share, in_workers
 
 MARGIN = 0.02  # of the picture, on each side of the annotated box
 OVERRUN = TICK_RATE // 2  # ticks that a clip may reach beyond the end of its video, which differs from copy to copy
@@ -118,34 +112,12 @@ def cut_clips(
     tasks, uncut = share.of(tasks), []
     total = sum(len(own) for _, own, _ in tasks)
     with tqdm(total=total, desc="CelebV-HQ clips", unit="clip", disable=None if progress else True) as bar:
-        for outcomes in _run(tasks, num_workers):
+        for number, outcomes, died in in_workers(_cut_video, tasks, num_workers):
+            if died:
+                outcomes = [(clip.name, "killed the process that cut it") for clip in tasks[number][1]]
             uncut += [(name, reason) for name, reason in outcomes if reason]
             bar.update(len(outcomes))
     return left_out + share.gather(uncut)
-
-
-def _run(tasks: list[tuple], num_workers: int) -> Iterator[list[tuple[str, str | None]]]:
-    """`_cut_video` of each task, here or in processes; the clips of a video that kills its process are named."""
-    if num_workers == 0:
-        yield from (_cut_video(*task) for task in tasks)
-        return
-    suspects = []
-    with _pool(num_workers) as pool:
-        futures = {pool.submit(_cut_video, *task): task for task in tasks}
-        for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                suspects.append(futures[future])
-            else:
-                yield future.result()
-    for task in suspects:  # each alone, so that the innocent are not blamed
-        with _pool(1) as pool:
-            future = pool.submit(_cut_video, *task)
-            broke = isinstance(future.exception(), BrokenProcessPool)
-        yield [(clip.name, "killed the process that cut it") for clip in task[1]] if broke else future.result()
-
-
-def _pool(size: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _cut_video(path: Path, clips: Sequence[Annotated], folder: Path) -> list[tuple[str, str | None]]:

@@ -148,6 +148,8 @@ class LazyWhisper:
     """`load_whisper`'s extractor, which is loaded onto a device when the first speech comes. `memo` keeps its name, so that
     nothing is loaded to find out that all features are there."""
 
+    stretch = WhisperFeatures.stretch
+
     def __init__(self, folder: Path, memo: Path, device: torch.device):
         size = _WhisperSize.of(folder)
         self.layers, self.width = size.layers, size.width

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from sonic.media import VideoReader
 from sonic.motion import mouth_opening
 from sonic.pieces import STEPS, Piece, Screening
 from sonic.report_page import page
-from sonic.track_cache import make_folder, write_whole
+from sonic.track_cache import load_measured, make_folder, write_whole
+from sonic.workers import in_workers
 
 EXAMPLES = 50  # of kept pieces, and as many of dropped ones
 PICTURES = 6  # of an example
@@ -44,9 +45,6 @@ MEASURES = {
     "translation_bucket": "translation bucket",
     "expression_bucket": "expression bucket",
 }
-
-# Gives what was measured of a piece's file, or None where nothing was.
-Look = Callable[[Piece], Measured | None]
 
 
 @dataclass(frozen=True)
@@ -195,24 +193,17 @@ def _thinned(curve: np.ndarray) -> list[float]:
 
 
 def write_report(
-    pieces: Sequence[Piece], screening: Screening, look: Look, data_root, folder, progress: bool = True
+    pieces: Sequence[Piece], screening: Screening, data_root, cache_dir, num_workers: int = 0, progress: bool = True
 ) -> Path:
-    """Writes report.html and report.json into a folder, each whole or not at all; gives the page's path."""
-    data_root, folder = Path(data_root), Path(folder)
+    """Writes report.html and report.json into the cache's folder, each whole or not at all; gives the page's path."""
+    data_root, folder = Path(data_root), Path(cache_dir)
     make_folder(folder)
     numbers = summary(pieces, screening)
     sides = {
         "kept": choose([piece for piece in pieces if piece.kept]),
         "dropped": choose([piece for piece in pieces if not piece.kept]),
     }
-    examples = {name: [] for name in sides}
-    with tqdm(
-        total=sum(map(len, sides.values())), desc="report", unit="piece", disable=None if progress else True
-    ) as bar:
-        for name, chosen in sides.items():
-            for piece in chosen:
-                examples[name].append(example(piece, data_root, look(piece) if piece.num_ticks else None))
-                bar.update()
+    examples = _examples(sides, data_root, folder / "tracks", num_workers, progress)
     listed = ("video", "start", "seconds", "kept", "step", "reason", "measure", "measured", "threshold")
     left_out = [piece for piece in pieces if piece.step is not None]
     rows = [{name: (piece.to_json() | {"seconds": piece.seconds})[name] for name in listed} for piece in left_out]
@@ -222,3 +213,22 @@ def write_report(
     names = MEASURES | {name: name for name in numbers["histograms"] if name not in MEASURES}
     write_whole(folder / "report.html", page(numbers, names, left_out, examples, str(data_root)).encode())
     return folder / "report.html"
+
+
+def _examples(
+    sides: dict[str, list[Piece]], data_root: Path, tracks: Path, num_workers: int, progress: bool
+) -> dict[str, list[Example]]:
+    """The examples of each side, in the order of its pieces. A file that kills the process that draws it is told as well."""
+    chosen = [piece for some in sides.values() for piece in some]
+    shown = [Example(piece, trouble="killed the process that drew it") for piece in chosen]
+    with tqdm(total=len(chosen), desc="report", unit="piece", disable=None if progress else True) as bar:
+        for number, drawn, _ in in_workers(_draw, [(piece, data_root, tracks) for piece in chosen], num_workers):
+            shown[number] = drawn or shown[number]
+            bar.update()
+    return {side: [shown.pop(0) for _ in some] for side, some in sides.items()}
+
+
+def _draw(piece: Piece, data_root: Path, tracks: Path) -> Example:
+    """A worker's task."""
+    measured = load_measured(tracks / f"{piece.entry}.safetensors") if piece.entry and piece.num_ticks else None
+    return example(piece, data_root, measured)

@@ -32,6 +32,7 @@ OPEN_READERS = 4  # per worker; each holds a file handle and a decoder's picture
 REFERENCE_DISTANCE = TICK_RATE  # ticks; a second away the mouth has said something else
 VAE_FACTOR = 8  # pixels of a picture per latent pixel
 LIP_MARGIN = 0.25  # of the mouth's width around the lips' outline: where an opening mouth moves chin and cheeks
+PART_TICKS = 60 * TICK_RATE  # of a clip in one file of cached latents
 WINDOW_REACH = 100  # features read on both sides of a window: more than the 26 that the long context reaches to
 
 
@@ -215,6 +216,20 @@ def mirror(pictures: np.ndarray) -> np.ndarray:
 def clip_square(clip: Clip) -> tuple[int, int, int, int]:
     """The square around the face's path through the whole clip, the same for every part of it."""
     return square_of(clip, clip.whole.boxes)
+
+
+def latent_parts(clip: Clip) -> range:
+    """The first ticks, counted from the whole clip's start, of the files that cached latents of a clip lie in."""
+    return range(0, clip.whole.num_ticks, PART_TICKS)
+
+
+def latent_name(clip: Clip, part: int, mirrored: bool) -> str:
+    """The name of a file of cached latents: of the ticks from `part` on, of the pictures or of their mirror images."""
+    whole = clip.whole
+    x0, y0, x1, _ = clip_square(clip)
+    # Features are named after the video as preparation knows it: its name, size and time.
+    name = f"{whole.features.stem}@{whole.start}+{whole.num_ticks}-{x0}_{y0}_{x1 - x0}.{part}"
+    return f"{name}{'.mirrored' if mirrored else ''}.safetensors"
 
 
 def square_of(clip: Clip, boxes: np.ndarray) -> tuple[int, int, int, int]:

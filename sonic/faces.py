@@ -309,8 +309,9 @@ class _Follower:
         self._settle()
         while self.known:
             person = self.known.pop(0)
-            ticks = np.array([tick for tick, _ in person])
-            yield int(ticks[0]), ticks, np.stack([points for _, points in person])
+            ticks, points = np.array([tick for tick, _ in person]), np.stack([points for _, points in person])
+            person.clear()  # or a long video would be in memory twice while it is smoothed
+            yield int(ticks[0]), ticks, points
 
 
 def _find_near(picture: np.ndarray, box: np.ndarray, least: float) -> np.ndarray | None:

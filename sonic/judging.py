@@ -234,7 +234,7 @@ def measure_piece(measured: Measured, track: tuple, start: int, end: int, window
     first, boxes, landmarks = track
     inside = slice(start - first, end - first)
     boxes, landmarks = boxes[inside], landmarks[inside]
-    values = {name: curve[inside] for name, curve in _face_values(measured, track).items()}
+    values = _face_values(measured, (start, boxes, landmarks))
     looks = slice(-(-start // LOOK_EVERY), max(-(-end // LOOK_EVERY), -(-start // LOOK_EVERY) + 1))
     numbers = {
         "seconds": (end - start) / TICK_RATE,

@@ -36,19 +36,18 @@ from tqdm import tqdm
 from sonic.checkpoints import BaseModels, BaseSizes, load_base
 from sonic.clips import Clip
 from sonic.config import TICK_RATE, UserError
-from sonic.dataset import VAE_FACTOR, SonicDataset, clip_square, cut, mirror, pixels
+from sonic.dataset import PART_TICKS, VAE_FACTOR, SonicDataset, clip_square, cut, latent_name, mirror, pixels
 from sonic.files import whole_file
 from sonic.media import VideoReader
 from sonic.pictures import resize_square
 from sonic.portrait import clip_pixels
-from sonic.prepare import Share
 from sonic.training import EncodedClip, encode_frames, encoded_clip, sample_settings
 from sonic.training_config import TrainingConfig
 from sonic.weights import content_hash, remembered
+from sonic.workers import Share
 
 # Of what is encoded: raise it when pictures or embeddings come out otherwise, and cached ones are made anew.
 VERSION = 1
-PART_TICKS = 60 * TICK_RATE  # of a clip in one file
 PIECE = 16  # pictures that travel from a worker to the encoders at once
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # as safetensors calls them
 WEIGHTS = {"vae": "diffusion_pytorch_model", "image_encoder": "model"}
@@ -65,11 +64,7 @@ class LatentFiles:
 
     def path(self, clip: Clip, part: int, mirrored: bool) -> Path:
         """The file of the clip's ticks from the part's first on, counted from the start of the whole clip."""
-        whole = clip.whole
-        x0, y0, x1, _ = clip_square(clip)
-        # Features are named after the video as preparation knows it: its name, size and time.
-        name = f"{whole.features.stem}@{whole.start}+{whole.num_ticks}-{x0}_{y0}_{x1 - x0}.{part}"
-        return self.folder / f"{name}{'.mirrored' if mirrored else ''}.safetensors"
+        return self.folder / latent_name(clip, part, mirrored)
 
     def shapes(self, ticks: int) -> dict[str, list[int]]:
         """The tensors of so many ticks."""
@@ -135,6 +130,11 @@ class CachedDataset(SonicDataset):
         }
 
 
+def streamed(clips: Sequence[Clip], folder: Path, files: LatentFiles, **settings) -> CachedDataset:
+    """The samples of clips whose latents were unpacked into a folder (`shard_stream`)."""
+    return CachedDataset(clips, replace(files, folder=folder), **settings)
+
+
 class CachedLatents:
     """Stands in for `Encoders`, with what they made before. `clips`: those that were encoded."""
 
@@ -183,7 +183,8 @@ def cache_latents(
     """Encodes what the cache does not hold of these clips, each process its share, and waits for all.
 
     A clip that cannot be read is left out and named. `base` is the folder with VAE and CLIP, which nothing is loaded of when
-    all is there. UserError: too little room on the disk, or no clip that can be read.
+    all is there. Without clips, as beside shards, it only says where they would lie. UserError: too little room on the disk,
+    or no clip that can be read.
     """
     assert config.crop_per == "clip", "latents of a tick need one square per clip"
     files = LatentFiles(_folder(cache_dir, config, base, dtype, share), config.resolution, BaseSizes.of(base), dtype)
@@ -203,7 +204,7 @@ def cache_latents(
         print(f"latents: {len(lost)} clips left out")
         print("\n".join(f"  {name!r}  {reason}" for name, reason in lost.items()))
     left = [clip for clip in clips if clip.name not in lost]
-    if not left:
+    if clips and not left:
         raise UserError(f"no clip can be encoded, {clips[0].name!r} for one: {lost[clips[0].name]}")
     return CachedLatents(files, left, base, device)
 
@@ -255,7 +256,7 @@ def _check_room(files: LatentFiles, parts: list[_Part], missing: list[_Part], sh
     """Says how much the cache takes. Raises UserError if the disk has less."""
     whole, needed = (sum(len(part.files) * files.bytes(len(part.ticks)) for part in some) for some in (parts, missing))
     minutes = sum(len(part.ticks) for part in parts) / TICK_RATE / 60
-    if share.index == 0:
+    if share.index == 0 and parts:
         print(
             f"latents: {whole / 1e9:.3f} GB for {minutes:.1f} minutes of video in {files.folder}, "
             f"of which {needed / 1e9:.3f} GB are to be made"

@@ -1,117 +1,46 @@
 """A folder of videos to prepared clips: measured, judged, cached, resumable, spread over processes.
 
     python -m sonic.prepare --data_root VIDEOS --cache_dir CACHE --num_workers 16     # and training with the same --cache_dir
-    accelerate launch --num_processes 4 -m sonic.prepare ...                          # machines share one --cache_dir
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 2 ... -m sonic.prepare ...   # docs/data.md
     python -m sonic.prepare ... --celebvhq celebvhq_info.json                         # VIDEOS: CelebV-HQ's raw videos
     python -m sonic.prepare ... --whisper_path WHISPER --export_shards SHARDS         # for training with --data_shards
 
-Stage 1 (worker processes, no torch): `measuring`. Then the verdict (`judging`), and stage 2 (this process): audio features.
+Stage 1 (worker processes, no torch): `measuring`. Stage 2 (this process, with many videos also workers): the verdict,
+`judging`. Stage 3 (this process): audio `features` of what is kept.
 Several processes of one run each do their `Share` of the videos, and then all read the whole cache. Runs that share a cache
 without knowing of each other only do some work twice: what is written is whole, and the same whoever writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from sonic.celebvhq import cut_clips
 from sonic.clips import Clip
-from sonic.config import FEATURES_PER_TICK, NO_CROP, POSITIVE, STEP, TICK_RATE, WHOLE, UserError
+from sonic.config import NO_CROP, POSITIVE, STEP, WHOLE, UserError
 from sonic.data_report import write_report
+from sonic.features import features_fit, make_features
 from sonic.flags import Checked, Parser, config_from, flag, number, run
 from sonic.judging import judge
 from sonic.measuring import Measured, measure
-from sonic.pieces import Piece, Screening, by_step
-from sonic.sound import load_audio
-from sonic.track_cache import VERSION, entry_key, load_measured, make_folder, save_measured, write_whole
+from sonic.pieces import Piece, Screening
+from sonic.prepared import NothingUsable, PreparedData, Report, listing
+from sonic.track_cache import entry_key, load_measured, make_folder, save_measured, write_whole
+from sonic.workers import Share, in_workers
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}
 SCREENING = "screening.json"  # in the cache: the thresholds that python -m sonic.prepare was given
-M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # as malloc.h numbers them
+MANY = 400  # videos whose judging takes longer than the start of processes
 WHOLE_PICTURE = 1e6  # face sizes of margin, which the picture's edges limit
-
-
-@dataclass(frozen=True)
-class Share:
-    """One process's share of work that `count` processes do together: every count-th item, from the index-th on.
-
-    `gather` gives the items of all processes, in their order, and so waits for all; they are in one list.
-    """
-
-    index: int = 0
-    count: int = 1
-    gather: Callable[[list], list] = list
-
-    def of(self, items: Sequence) -> list:
-        return list(items[self.index :: self.count])
-
-
-@dataclass
-class Report:
-    """How much work a preparation did, and how much of an earlier one it could use."""
-
-    tracks_made: int = 0
-    tracks_reused: int = 0
-    features_made: int = 0
-    features_reused: int = 0
-
-    @staticmethod
-    def sum(reports: Sequence[Report]) -> Report:
-        """The work of several processes together."""
-        return Report(*(sum(counts) for counts in zip(*(astuple(one) for one in reports), strict=True)))
-
-
-@dataclass
-class PreparedData:
-    """What training reads: the usable clips, all pieces with what was measured, and each unusable video with its reason."""
-
-    clips: list[Clip] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)  # of all videos, kept and dropped
-    report: Report = field(default_factory=Report)
-
-    def table(self) -> str:
-        """One line per video that was left out, and a summary, as plain text."""
-        kept = self.clips or [piece for piece in self.pieces if piece.kept]
-        videos = len({one.video for one in kept})
-        seconds = sum(one.num_ticks for one in kept) / TICK_RATE
-        lines = [f"{videos} videos used: {len(kept)} clips, {seconds:.1f} s; {len(self.left_out)} videos left out"]
-        dropped = [piece for piece in self.pieces if not piece.kept]
-        if dropped:
-            counts = ", ".join(f"{step} {count}" for step, count in by_step(dropped).items() if count)
-            lines[0] += f"; {len(dropped)} pieces dropped ({counts})"
-        # A name may hold a line break, which must not break the table.
-        names = [repr(name)[1:-1] for name, _ in self.left_out]
-        column = min(max(map(len, names), default=0), 60)
-        lines += [f"  {name:<{column}}  {reason}" for name, (_, reason) in zip(names, self.left_out, strict=True)]
-        return "\n".join(lines)
-
-
-class NothingUsable(UserError):
-    """All videos were left out. `data` says why."""
-
-    def __init__(self, message: str, data: PreparedData):
-        super().__init__(message)
-        self.data = data
 
 
 # ------------------------------------------------------------------------------------------------------------ the doors
@@ -138,7 +67,7 @@ def prepare(
     """
     share, screening = share or Share(), screening or Screening()
     data_root, cache_dir = Path(data_root), Path(cache_dir)
-    videos = find_videos(data_root, cache_dir)
+    videos = share.gather([find_videos(data_root, cache_dir)])[0]  # the first process's: a folder may still be growing
     if not videos:
         wanted = " ".join(sorted(VIDEO_SUFFIXES))
         raise UserError(f"{data_root} holds no video ({wanted}): give the folder of your videos with --data_root.")
@@ -147,24 +76,18 @@ def prepare(
     make_folder(tracks)
     needed = num_frames * frame_step + 1
     syncnet = _syncnet(screening.syncnet_path, cache_dir) if screening.syncnet_path else None
-    outcomes = []
     own = share.of(videos)
-    keys, failed = _measure_all(data_root, own, tracks, num_workers, progress, data.report)
-    step = "audio features" if extractor else "judging"
-    for name in tqdm(own, desc=step, unit="video", disable=None if progress else True):
-        measured = None if name in failed else load_measured(tracks / f"{keys[name]}.safetensors")
-        measured = measured or Measured(reason=failed.get(name, "changed or gone while it was prepared"))
-        own = functools.partial(syncnet, data_root / name, measured.key) if syncnet else None
-        pieces = judge(name, measured, screening, needed, own)
-        if extractor:
-            entry = features / f"{measured.key}.safetensors"
-            pieces = _listen(data_root / name, pieces, measured.num_ticks, extractor, entry, data.report)
-        outcomes.append((name, measured.key, pieces))
+    entries, failed = _measure_all(data_root, own, tracks, num_workers, progress, data.report)
+    questions = {name: functools.partial(syncnet, data_root / name) if syncnet else None for name in own}
+    tasks = [(name, entries.get(name), failed.get(name), screening, needed, questions[name]) for name in own]
+    outcomes = _judge_all(tasks, 0 if syncnet else num_workers, progress)
+    if extractor:
+        _listen_all(data_root, outcomes, extractor, features, progress, data.report)
 
-    outcomes = {name: (key, pieces) for name, key, pieces in share.gather(outcomes)}
+    outcomes = dict(share.gather(list(outcomes.items())))
     data.report = Report.sum(share.gather([data.report]))
     for name in videos:
-        key, pieces = outcomes.get(name, ("", []))
+        key, _, pieces = outcomes[name]
         data.pieces += pieces
         kept = [piece for piece in pieces if piece.kept]
         if pieces and not kept:
@@ -175,7 +98,7 @@ def prepare(
                 raise UserError(f"another process's results are not in {cache_dir}: give one that all machines see.")
             data.clips += _clips(data_root / name, measured, kept, features / f"{key}.safetensors", screening)
     if share.index == 0:
-        write_whole(cache_dir / "prepared.json", _listing(data, videos, screening, extractor).encode())
+        write_whole(cache_dir / "prepared.json", listing(data, videos, screening, extractor).encode())
     if not any(piece.kept for piece in data.pieces):
         raise NothingUsable(f"No video in {data_root} can be used:\n{data.table()}", data)
     return data
@@ -225,105 +148,58 @@ def _work(path: Path, entry: Path) -> None:
     save_measured(measure(path), entry)
 
 
-def _be_a_worker() -> None:
-    cv2.setNumThreads(1)  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole group: without each worker's traceback
-    # Left to itself, glibc lays pictures and landmarks side by side, and what is kept of each tick holds 45 kB of gaps open:
-    # 4 GB per hour. Blocks of their own for whatever is larger than 64 kB keep them apart.
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(M_MMAP_MAX, 1 << 16)
-            mallopt(M_MMAP_THRESHOLD, 1 << 16)
-
-
 def _measure_all(
     data_root: Path, videos: list[str], folder: Path, num_workers: int, progress: bool, report: Report
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Stage 1 for every video that the cache does not hold yet: the name of each video's entry there, or why it has none."""
-    keys: dict[str, str] = {}
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Stage 1 for every video that the cache does not hold yet: each video's entry there, or why it has none."""
+    entries: dict[str, Path] = {}
     failed: dict[str, str] = {}
-    todo: list[tuple[str, Path, Path]] = []
+    missing: list[str] = []
     for name in videos:
         try:
-            keys[name] = entry_key(data_root / name, name)
+            entries[name] = folder / f"{entry_key(data_root / name, name)}.safetensors"
         except OSError as error:  # a link to nowhere, or gone since the folder was listed
             failed[name] = f"cannot be read ({error.strerror})"
             continue
-        entry = folder / f"{keys[name]}.safetensors"
-        if load_measured(entry) is None:
-            todo.append((name, data_root / name, entry))
-        else:
-            report.tracks_reused += 1
-    bar = tqdm(
-        total=len(videos),
-        initial=len(videos) - len(todo),
-        desc="measuring",
-        unit="video",
-        disable=None if progress else True,
-    )
-    with bar:
-        for name, _, reason in _run(todo, num_workers):
+        if load_measured(entries[name]) is None:
+            missing.append(name)
+    report.tracks_reused += len(entries) - len(missing)
+    tasks = [(data_root / name, entries[name]) for name in missing]
+    known = len(videos) - len(missing)
+    with tqdm(
+        total=len(videos), initial=known, desc="measuring", unit="video", disable=None if progress else True
+    ) as bar:
+        for number, _, died in in_workers(_work, tasks, num_workers):
             # A worker's death is not written down: it may have been the machine's fault, and is tried again next time.
-            if reason is not None:
-                failed[name] = reason
-            report.tracks_made += reason is None
+            if died:
+                failed[missing[number]] = "killed the process that read it (out of memory, or the decoder crashed)"
+            report.tracks_made += not died
             bar.update()
-    return keys, failed
+    return entries, failed
 
 
-def _run(tasks: list[tuple[str, Path, Path]], num_workers: int) -> Iterator[tuple[str, Path, str | None]]:
-    """Works through (name, path, entry), here or in processes; yields (name, entry, reason or None) as they finish."""
-    if num_workers == 0:
-        for name, path, entry in tasks:
-            _work(path, entry)
-            yield name, entry, None
-        return
-    waiting = list(reversed(tasks))
-    while waiting:
-        suspects = []
-        with _pool(num_workers) as pool:
-            running: dict[Future, tuple[str, Path, Path]] = {}
-            while (waiting or running) and not suspects:
-                # No more than one task per worker is handed out: when a worker dies, only these can have killed it.
-                while waiting and len(running) < num_workers:
-                    task = waiting.pop()
-                    try:
-                        running[pool.submit(_work, task[1], task[2])] = task
-                    except BrokenProcessPool:
-                        suspects.append(task)
-                done, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())
-                for future in done:
-                    task = running.pop(future)
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        suspects.append(task)
-                    else:
-                        future.result()  # any other exception is a mistake of ours and must be seen
-                        yield task[0], task[2], None
-            suspects += running.values()
-        for name, path, entry in suspects:  # each alone, so that the innocent are not blamed
-            with _pool(1) as pool:
-                broke = isinstance(pool.submit(_work, path, entry).exception(), BrokenProcessPool)
-            yield (
-                name,
-                entry,
-                "killed the process that read it (out of memory, or the decoder crashed)" if broke else None,
-            )
+# ----------------------------------------------------------------------------------------------------- stage 2: judging
 
 
-def _pool(size: int) -> ProcessPoolExecutor:
-    # Forking a process that holds torch's threads and a CUDA context deadlocks; a spawned one starts clean.
-    return _Pool(size, mp_context=multiprocessing.get_context("spawn"), initializer=_be_a_worker)
+def _judge_all(tasks: list[tuple], num_workers: int, progress: bool) -> dict[str, tuple[str, int, list[Piece]]]:
+    """What `_judge` gives for each task, by the video's name. Processes help where there are many videos."""
+    outcomes = {task[0]: None for task in tasks}
+    with tqdm(total=len(tasks), desc="judging", unit="video", disable=None if progress else True) as bar:
+        for number, outcome, died in in_workers(_judge, tasks, num_workers if len(tasks) >= MANY else 0):
+            name, _, _, *settings = tasks[number]
+            outcomes[name] = _judge(name, None, "killed the process that judged it", *settings) if died else outcome
+            bar.update()
+    return outcomes
 
 
-class _Pool(ProcessPoolExecutor):
-    """Ends at once when it is interrupted: what a worker has not finished yet is made again next time."""
-
-    def __exit__(self, kind, error, trace):
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-        return super().__exit__(kind, error, trace)
+def _judge(
+    name: str, entry: Path | None, trouble: str | None, screening: Screening, needed: int, syncnet: Callable | None
+) -> tuple[str, int, list[Piece]]:
+    """A video's entry in the cache, "" without one, its ticks and pieces. trouble: why it could not be measured."""
+    measured = None if trouble else load_measured(entry)
+    measured = measured or Measured(reason=trouble or "changed or gone while it was prepared")
+    asked = functools.partial(syncnet, measured.key) if syncnet else None
+    return measured.key, measured.num_ticks, judge(name, measured, screening, needed, asked)
 
 
 def _syncnet(weights: str, cache_dir: Path):
@@ -333,21 +209,35 @@ def _syncnet(weights: str, cache_dir: Path):
     return PieceSync(Path(weights), cache_dir / "syncnet")
 
 
-# ---------------------------------------------------------------------------------------------------- stage 2: features
+# ---------------------------------------------------------------------------------------------------- stage 3: features
+
+
+def _listen_all(
+    data_root: Path,
+    outcomes: dict[str, tuple[str, int, list[Piece]]],
+    extractor,
+    folder: Path,
+    progress: bool,
+    report: Report,
+) -> None:
+    """Stage 3 for every video; changes the pieces of those that have no sound any more."""
+    for name in tqdm(outcomes, desc="audio features", unit="video", disable=None if progress else True):
+        key, num_ticks, pieces = outcomes[name]
+        pieces = _listen(data_root / name, pieces, num_ticks, extractor, folder / f"{key}.safetensors", report)
+        outcomes[name] = key, num_ticks, pieces
 
 
 def _listen(path: Path, pieces: list[Piece], num_ticks: int, extractor, features: Path, report: Report) -> list[Piece]:
     """Makes a video's features where a piece is kept and the cache has none; without sound, no piece is kept."""
     if not any(piece.kept for piece in pieces):
         return pieces
-    if _features_fit(features, extractor, num_ticks):
+    if features_fit(features, extractor, num_ticks):
         report.features_reused += 1
         return pieces
     try:
-        speech = load_audio(path)
+        make_features(path, extractor, num_ticks, features)
     except UserError as error:  # gone or changed since its faces were tracked
         return [replace(piece, kept=False, step="probe", reason=str(error)) for piece in pieces]
-    _save_features(extractor, speech, features)
     report.features_made += 1
     return pieces
 
@@ -382,50 +272,6 @@ def _track_of(measured: Measured, piece: Piece) -> tuple[int, np.ndarray, np.nda
     return next(track for track in measured.tracks if track[0] <= piece.start < track[0] + len(track[1]))
 
 
-def _features_fit(path: Path, extractor, num_ticks: int) -> bool:
-    """Whether a cached file holds this extractor's features for at least so many ticks; only its header is read."""
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, "np") as file:
-            features = file.get_slice("features")
-            length, *rest = features.get_shape()
-            kind = features.get_dtype()
-    except (SafetensorError, OSError, ValueError):  # damaged, another tensor's file, a single number
-        return False
-    whole = length % FEATURES_PER_TICK == 0 and length >= FEATURES_PER_TICK * num_ticks
-    return whole and rest == [extractor.layers, extractor.width] and kind == "F16"
-
-
-def _save_features(extractor, speech: np.ndarray, path: Path) -> None:
-    from sonic.audio import check_features  # here, because it brings torch, which the worker processes do without
-
-    features = check_features(extractor(speech), extractor, len(speech))
-    make_folder(path.parent)
-    write_whole(path, save({"features": features.half().cpu().contiguous().numpy()}))
-
-
-def _listing(data: PreparedData, videos: list[str], screening: Screening, extractor) -> str:
-    """prepared.json: every video with what is used of it, or why nothing is; all pieces; the thresholds."""
-    reasons = dict(data.left_out)
-    rows = [{"video": name, "used": name not in reasons} for name in videos]
-    kept: dict[str, list[dict]] = {}
-    for piece in data.pieces:
-        if piece.kept:
-            facts = {"name": f"{piece.video}@{piece.start}", "start": piece.start, "num_ticks": piece.num_ticks}
-            kept.setdefault(piece.video, []).append(facts)
-    for row in rows:
-        row |= {"clips": kept[row["video"]]} if row["used"] else {"reason": reasons[row["video"]]}
-    listing = {
-        "version": VERSION,
-        "extractor": extractor.name if extractor else None,
-        "screening": dataclasses.asdict(screening),
-        "videos": rows,
-        "pieces": [piece.to_json() for piece in data.pieces],
-    }
-    return json.dumps(listing, indent=1) + "\n"
-
-
 # --------------------------------------------------------------------------------------------------- the command line
 
 
@@ -451,6 +297,10 @@ class PrepareConfig(Checked):
         None, "folder for the kept clips as tar files that training reads with --data_shards; needs --whisper_path"
     )
     shard_size: int = flag(64, "clips per tar file", POSITIVE)
+    shard_latents: str | None = flag(
+        None,
+        "a folder in CACHE/latents, which --cache_latents of training has filled: put its latents into the shards too",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -458,6 +308,8 @@ class PrepareConfig(Checked):
             raise UserError("whisper_path and audio_extractor are two kinds of features: give one of them")
         if self.export_shards and not (self.whisper_path or self.audio_extractor):
             raise UserError("shards hold audio features: give --whisper_path beside --export_shards")
+        if self.shard_latents and not self.export_shards:
+            raise UserError("shard_latents is for shards: give --export_shards too")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -471,6 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
     make_folder(cache_dir)
     if share.index == 0:
         write_whole(cache_dir / SCREENING, (json.dumps(dataclasses.asdict(screening), indent=1) + "\n").encode())
+        if share.count > 1:  # not to be seen where a launcher was asked for several and has started one
+            print(f"{share.count} processes share the videos")
     data_root, uncut = config.data_root, []
     if config.celebvhq:
         data_root, uncut = _cut_celebvhq(config, share)
@@ -478,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def report(data: PreparedData) -> None:
         if share.index == 0:
-            page = write_report([*data.pieces, *uncut], screening, _look_in(cache_dir), data_root, cache_dir)
+            page = write_report([*data.pieces, *uncut], screening, data_root, cache_dir, config.num_workers)
             print(f"to look at: {page}\nall pieces with what was measured: {cache_dir / 'prepared.json'}")
 
     try:
@@ -503,7 +357,13 @@ def main(arguments: list[str] | None = None) -> None:
         from sonic.shards import export_shards  # brings torch
 
         left_out = export_shards(
-            data.clips, extractor.name, config.export_shards, config.shard_size, share, progress=share.index == 0
+            data.clips,
+            extractor.name,
+            config.export_shards,
+            config.shard_size,
+            share,
+            config.shard_latents and Path(config.shard_latents),
+            progress=share.index == 0,
         )
         if share.index == 0:
             print(f"shards of {len(data.clips) - len(left_out)} clips: {config.export_shards}")
@@ -525,11 +385,6 @@ def _cut_celebvhq(config: PrepareConfig, share: Share) -> tuple[Path, list[Piece
     if share.index == 0 and left_out:
         print(f"{len(left_out)} clips of CelebV-HQ cannot be cut, {left_out[0][0]!r} for one: {left_out[0][1]}")
     return folder, [Piece(f"{name}.mp4", 0, 0, False, "probe", reason) for name, reason in left_out]
-
-
-def _look_in(cache_dir: Path) -> Callable[[Piece], Measured | None]:
-    """What gives the measurement of a piece's video."""
-    return lambda piece: load_measured(cache_dir / "tracks" / f"{piece.entry}.safetensors") if piece.entry else None
 
 
 def _processes() -> Share:
@@ -559,7 +414,8 @@ def _extractor(config: PrepareConfig):
     from sonic.checkpoints import LazyWhisper
     from sonic.weights import locate
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own = int(os.environ.get("LOCAL_RANK", 0))  # of the processes that a launcher has started on this machine
+    device = torch.device("cuda", own % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     return LazyWhisper(locate(config.whisper_path, "Whisper"), Path(config.cache_dir) / "whisper.json", device)
 
 

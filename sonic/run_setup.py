@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tempfile
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from sonic.checkpoints import Checkpoint, training_checkpoints
 from sonic.config import NO_CROP, UserError
-from sonic.latents import gb_per_hour
+from sonic.latents import CachedLatents, gb_per_hour, streamed
 from sonic.memory import Estimator, available_memory, require_memory, verdict
 from sonic.pieces import Screening
-from sonic.prepare import PreparedData, Share, find_videos, prepare
+from sonic.prepare import find_videos, prepare
+from sonic.prepared import PreparedData
 from sonic.run_log import start_trackers
 from sonic.shard_stream import ShardStream, shard_list
 from sonic.sharding import ready_for_sharding
@@ -25,6 +27,7 @@ from sonic.trainable import choose
 from sonic.training import Encoders, sample_settings
 from sonic.training_config import TrainingConfig
 from sonic.weights import locate
+from sonic.workers import Share
 
 
 def checkpoint_to_resume(config: TrainingConfig, output_dir: Path) -> Path | None:
@@ -124,9 +127,13 @@ def shortest_clip(config: TrainingConfig) -> int:
     return config.num_frames * config.frame_step + 1
 
 
-def stream_shards(config: TrainingConfig, extractor, encoders: Encoders, share: Share) -> ShardStream:
+def stream_shards(config: TrainingConfig, extractor, encoders: Encoders | CachedLatents, share: Share) -> ShardStream:
     """This process's part of the samples in --data_shards."""
-    settings = sample_settings(config) | {"clip_size": encoders.base.image_encoder.config.image_size}
+    settings = sample_settings(config)
+    if isinstance(encoders, CachedLatents):
+        kind = {"latents": encoders.files.folder.name, "samples_of": partial(streamed, files=encoders.files)}
+    else:
+        kind, settings["clip_size"] = {}, encoders.base.image_encoder.config.image_size
     return ShardStream(
         shard_list(config.data_shards),
         extractor.name,
@@ -135,6 +142,7 @@ def stream_shards(config: TrainingConfig, extractor, encoders: Encoders, share: 
         buffer=config.shard_buffer,
         rank=share.index,
         world=share.count,
+        **kind,
     )
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sonic.clips import Clip
 from sonic.config import UserError
-from sonic.dataset import SonicDataset
-from sonic.shards import AS_THEY_ARE, VERSION
+from sonic.dataset import SonicDataset, latent_name, latent_parts
+from sonic.shards import AS_THEY_ARE, LATENTS, VERSION
 
 SCHEME = re.compile(r"[a-z0-9]+:")  # of a URL, or of a command: pipe:aws s3 cp s3://...
 MEMBERS = ("json", "mp4", "boxes.npy", "landmarks.npy", "features.safetensors")
@@ -75,11 +75,18 @@ class Reader:
         return samples if shards >= self.count else itertools.islice(samples, self.index, None, self.count)
 
 
+def samples_of_pictures(clips: Sequence[Clip], folder: Path, **settings) -> SonicDataset:
+    """The samples of clips that were unpacked into a folder."""
+    return SonicDataset(clips, **settings)
+
+
 class ShardStream(IterableDataset):
     """Samples without end, as `SonicDataset` gives them, with their number: one window of every clip, lap after lap.
 
     settings: what `SonicDataset` takes. first: the number of the first sample. Of several processes each reads every
-    `world`-th shard. UserError: features of another kind than the run's, or no clip that can be used in any shard.
+    `world`-th shard. latents: the kind of those that take the place of pictures; then `samples_of(clips, folder, **settings)`
+    makes the dataset, the latents being in the folder. UserError: features or latents of another kind than the run's, or no
+    clip that can be used in any shard.
     """
 
     def __init__(
@@ -93,7 +100,10 @@ class ShardStream(IterableDataset):
         first: int = 0,
         rank: int = 0,
         world: int = 1,
+        latents: str | None = None,
+        samples_of: Callable[..., SonicDataset] = samples_of_pictures,
     ):
+        self.latents, self.samples_of = latents, samples_of
         self.shards, self.extractor_name, self.settings = shards, extractor_name, settings
         self.needed, self.buffer, self.first = needed, buffer, first
         self.rank, self.world = rank, world
@@ -124,10 +134,10 @@ class ShardStream(IterableDataset):
     def _sample(self, packed: dict, number: int, scratch: Path) -> dict | None:
         """The sample of a packed clip; None, and a line that names it, if it is no use."""
         try:
-            clip, start = unpack(packed, scratch, self.extractor_name)
+            clip, start = unpack(packed, scratch, self.extractor_name, self.latents, self.settings.get("flip", 0) > 0)
             if clip.num_ticks < self.needed:
                 raise ValueError(f"too short: {clip.num_ticks} ticks, needs {self.needed}")
-            samples = SonicDataset([clip], **self.settings)
+            samples = self.samples_of([clip], scratch, **self.settings)
             try:
                 sample = samples[number]
             finally:
@@ -183,10 +193,13 @@ def shuffled(items: Iterable, size: int, rng: np.random.Generator) -> Iterator:
         yield buffer.pop(int(rng.integers(len(buffer))))
 
 
-def unpack(packed: dict, folder: Path, extractor_name: str) -> tuple[Clip, int]:
+def unpack(
+    packed: dict, folder: Path, extractor_name: str, latents: str | None = None, mirrored: bool = False
+) -> tuple[Clip, int]:
     """A packed clip as a Clip whose files lie in a folder, and the tick of its video at which it begins.
 
-    ValueError, KeyError: it is broken; `Mismatch` for the features of another model.
+    latents: their kind, if they are to be unpacked; mirrored: with those of mirror images. ValueError, KeyError: it is broken;
+    `Mismatch` for the features or latents of another model.
     """
     missing = [ending for ending in MEMBERS if ending not in packed]
     if missing:
@@ -196,6 +209,11 @@ def unpack(packed: dict, folder: Path, extractor_name: str) -> tuple[Clip, int]:
         raise Mismatch(
             f"{packed.get('__url__')} holds features of {facts['extractor']}, and this model hears by {extractor_name}: "
             "export the shards again with this model's --whisper_path or --audio_extractor"
+        )
+    if latents and facts.get("latents") != latents:
+        raise Mismatch(
+            f"{packed.get('__url__')} holds {facts.get('latents') or 'no'} latents, and this run needs {latents}: export the "
+            f"shards again with --shard_latents CACHE/latents/{latents}, or go without --cache_latents"
         )
     boxes, landmarks = (
         np.load(io.BytesIO(packed[ending]), allow_pickle=False) for ending in ("boxes.npy", "landmarks.npy")
@@ -219,6 +237,12 @@ def unpack(packed: dict, folder: Path, extractor_name: str) -> tuple[Clip, int]:
         late=Fraction(*facts["late"]),
         **settings,
     )
+    for kind in (False, True)[: 1 + mirrored] if latents else ():
+        for part in latent_parts(clip):
+            ending = LATENTS[kind].format(part)
+            if kind and ending not in packed:
+                raise Mismatch(f"{packed.get('__url__')} holds no latents of mirror images: go without --flip")
+            (folder / latent_name(clip, part, kind)).write_bytes(packed[ending])
     return clip, facts["start"]
 
 

@@ -6,6 +6,7 @@ FOLDER/shard-000000.tar    of each clip, under one key:
     KEY.boxes.npy             float32 [T, 4], pixels of the video
     KEY.landmarks.npy         float32 [T, 68, 2]
     KEY.features.safetensors  fp16 [2 * ticks, layers, width], those that windows of the clip reach to
+    KEY.latents.PART.safetensors, KEY.mirrored.PART.safetensors   cached latents, if they were asked for (`latents`)
 FOLDER/shard-000000.json   what the tar was made of: it is not made again as long as that is the same
 """
 
@@ -20,7 +21,6 @@ import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -28,30 +28,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
+from sonic.clips import Clip
 from sonic.config import FEATURES_PER_TICK, TICK_RATE, UserError
-from sonic.dataset import WINDOW_REACH
+from sonic.dataset import WINDOW_REACH, latent_name, latent_parts
 from sonic.files import whole_file
 from sonic.media import VideoReader, clock_zero, first_video_stream
 from sonic.track_cache import make_folder, write_whole
-
-if TYPE_CHECKING:
-    from sonic.clips import Clip
-    from sonic.prepare import Share
+from sonic.workers import Share
 
 VERSION = 1  # of what is in a shard
 AS_THEY_ARE = ("width", "height", "area", "expand", "max_bucket")  # fields of a Clip that its stretch shares
 NAME = "shard-{:06d}"
+LATENTS = {False: "latents.{}.safetensors", True: "mirrored.{}.safetensors"}  # endings of the parts' files
 
 
 def export_shards(
-    clips: Sequence[Clip], extractor_name: str, folder, shard_size: int, share: Share, progress: bool = True
+    clips: Sequence[Clip],
+    extractor_name: str,
+    folder,
+    shard_size: int,
+    share: Share,
+    latents: Path | None = None,
+    progress: bool = True,
 ) -> list[tuple[str, str]]:
     """Writes clips into tar files of `shard_size` clips each; gives name and reason of each that cannot be read.
 
     A tar appears whole or not at all, and one that is there and made of the same clips stays. Of several processes each
-    writes its share. UserError: the folder cannot be written, or holds shards beyond these.
+    writes its share. latents: the folder of the cache with those that go in as well; a clip that has none there is left out.
+    UserError: the folder cannot be written, or holds shards beyond these; no folder of latents.
     """
     folder = Path(folder)
+    if latents and not latents.is_dir():
+        raise UserError(f"{latents} is no folder of latents: give one of those in CACHE/latents")
     make_folder(folder)
     shards = [clips[first : first + shard_size] for first in range(0, len(clips), shard_size)]
     names = [NAME.format(number) for number in range(len(shards))]
@@ -60,12 +68,13 @@ def export_shards(
         raise UserError(f"{folder} holds {more[0]} of an earlier, larger export: remove it, or give another folder")
     left_out, tasks = [], share.of(list(zip(names, shards, strict=True)))
     for name, own in tqdm(tasks, desc="shards", unit="shard", disable=None if progress else True):
-        left_out += _write_shard(folder / f"{name}.tar", own, extractor_name)
+        left_out += _write_shard(folder / f"{name}.tar", own, extractor_name, latents)
     return share.gather(left_out)
 
 
-def _write_shard(path: Path, clips: Sequence[Clip], extractor_name: str) -> list[tuple[str, str]]:
-    made_of = {"version": VERSION, "extractor": extractor_name, "clips": [_identity(clip) for clip in clips]}
+def _write_shard(path: Path, clips: Sequence[Clip], extractor_name: str, latents: Path | None) -> list[tuple[str, str]]:
+    kinds = {"version": VERSION, "extractor": extractor_name, "latents": latents and latents.name}
+    made_of = kinds | {"clips": [_identity(clip) for clip in clips]}
     listing = path.with_suffix(".json")
     if path.exists() and (before := _read_listing(listing)) and before["made_of"] == made_of:
         return [(name, reason) for name, reason in before["left_out"]]
@@ -80,7 +89,7 @@ def _write_shard(path: Path, clips: Sequence[Clip], extractor_name: str) -> list
             for number, clip in enumerate(clips):
                 key = f"{path.stem}-{number:04d}"
                 try:
-                    members = _members(clip, extractor_name, Path(scratch) / "stretch.mp4")
+                    members = _members(clip, kinds, latents, Path(scratch) / "stretch.mp4")
                 except (UserError, av.error.FFmpegError, SafetensorError, ValueError, IndexError) as error:
                     left_out.append((clip.name, str(error) or type(error).__name__))
                     continue
@@ -114,28 +123,42 @@ def _read_listing(path: Path) -> dict | None:
 # --------------------------------------------------------------------------------------------------------- one clip
 
 
-def _members(clip: Clip, extractor_name: str, scratch: Path) -> dict[str, bytes]:
+def _members(clip: Clip, kinds: dict, latents: Path | None, scratch: Path) -> dict[str, bytes]:
     """The files of a clip by their endings. In its stretch the clip begins at tick 0."""
+    encoded = _latents(clip, latents) if latents else {}
     video, late = _stretch(clip, scratch)
     first, features = _features(clip)
-    facts = {name: getattr(clip, name) for name in AS_THEY_ARE} | {
-        "version": VERSION,
-        "name": clip.name,
-        "extractor": extractor_name,
-        "start": clip.start,  # on the clock of the whole video
-        "num_ticks": clip.num_ticks,
-        "offset": clip.offset
-        + first
-        - clip.start,  # picture t of the stretch is heard at tick t - offset of its features
-        "late": [late.numerator, late.denominator],
-    }
+    facts = (
+        {name: getattr(clip, name) for name in AS_THEY_ARE}
+        | kinds
+        | {
+            "name": clip.name,
+            "start": clip.start,  # on the clock of the whole video
+            "num_ticks": clip.num_ticks,
+            "offset": clip.offset
+            + first
+            - clip.start,  # picture t of the stretch is heard at tick t - offset of its features
+            "late": [late.numerator, late.denominator],
+        }
+    )
     return {
         "json": (json.dumps(facts) + "\n").encode(),
         "mp4": video,
         "boxes.npy": _npy(clip.boxes),
         "landmarks.npy": _npy(clip.landmarks),
         "features.safetensors": save({"features": features}),
+        **encoded,
     }
+
+
+def _latents(clip: Clip, folder: Path) -> dict[str, bytes]:
+    """The files of a clip's latents by their endings, those of mirror images if they are there. UserError: none."""
+    files = {}
+    for part in latent_parts(clip):
+        files[LATENTS[False].format(part)] = _read(folder / latent_name(clip, part, False))
+        if (mirrored := folder / latent_name(clip, part, True)).exists():
+            files[LATENTS[True].format(part)] = _read(mirrored)
+    return files
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +44,19 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give another --cache_dir.") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all, also when two runs write the same file. UserError: it cannot be written."""
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Makes a failure to write a file, in the block, a UserError."""
     try:
-        with whole_file(path) as partial:
-            partial.write_bytes(content)
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another --cache_dir.") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Whole or not at all, also when two runs write the same file. UserError: it cannot be written."""
+    with told(path), whole_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def save_measured(measured: Measured, entry: Path) -> None:

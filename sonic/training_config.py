@@ -165,10 +165,9 @@ class TrainingConfig(Checked):
             raise UserError("ema_device is for an average: give --ema_decay too, 0.9999 for one")
         if self.data_shards and not self.max_train_steps:
             raise UserError("a stream of shards has no epochs: give --max_train_steps beside --data_shards")
-        if self.data_shards and (self.cache_latents or self.init_audio2token):
+        if self.data_shards and self.init_audio2token:
             raise UserError(
-                "cache_latents and init_audio2token need all clips at the start: leave them away with --data_shards, or train "
-                "on a folder"
+                "init_audio2token needs all clips at the start: leave it away with --data_shards, or train on a folder"
             )
         if not (self.data_root or self.data_shards):
             raise UserError("data_root is missing: give the folder of your videos with --data_root")

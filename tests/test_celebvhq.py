@@ -14,8 +14,8 @@ from sonic.celebvhq import clip_box, cut_clips, read_annotations
 from sonic.config import UserError
 from sonic.media import VideoReader
 from sonic.pieces import read_pieces
-from sonic.prepare import Share
 from sonic.sound import load_audio
+from sonic.workers import Share
 
 DATA = Path(__file__).parent / "data"
 RAW = "M2Ohb0FAaJU"

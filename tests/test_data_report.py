@@ -41,10 +41,6 @@ def broken(video="c.mp4") -> Piece:
     return Piece(video, 0, 0, False, "probe", "truncated")
 
 
-def nothing(piece: Piece) -> None:
-    return None
-
-
 class Page(html.parser.HTMLParser):
     """What a browser would make of a page: its elements, what they refer to, and its text."""
 
@@ -82,7 +78,7 @@ def test_kept_and_dropped_are_counted_by_step():
 
 def test_annotated_pieces_are_kept_and_still_listed(tmp_path):
     piece = Piece("a.mp4", 0, 50, True, "sync", "no correlation", "sync_r", 0.05, 0.2, {"sync_r": 0.05})
-    page = write_report([piece], Screening(keep_all=True), nothing, tmp_path, tmp_path, progress=False).read_text()
+    page = write_report([piece], Screening(keep_all=True), tmp_path, tmp_path, progress=False).read_text()
     assert "sync (kept)" in page and "in spite of a step" in page
     assert json.loads((tmp_path / "report.json").read_text())["dropped_pieces"][0]["kept"] is True
 
@@ -105,7 +101,7 @@ def test_whole_numbers_have_one_bar_each():
 
 def test_what_was_never_measured_has_no_histogram_and_no_failure(tmp_path):
     assert histogram("face_size", [broken()])["edges"] == []
-    page = write_report([broken()], Screening(), nothing, tmp_path, tmp_path, progress=False).read_text()
+    page = write_report([broken()], Screening(), tmp_path, tmp_path, progress=False).read_text()
     assert "nothing was measured" in page and "There are none." in page
 
 
@@ -165,7 +161,7 @@ def test_the_page_is_one_file_that_no_name_can_harm(tmp_path):
         dropped(name),
         dropped(WILD, step="<i>", measure="<u>"),
     ]
-    path = write_report(pieces, Screening(), nothing, data, tmp_path / "out", progress=False)
+    path = write_report(pieces, Screening(), data, tmp_path / "out", progress=False)
     content = path.read_text(encoding="utf-8")
     page = Page(content)
     assert page.open == [] and not {"script", "b>odd", "u", "link", "iframe"} & set(page.tags)
@@ -182,7 +178,7 @@ def test_text_spells_out_what_cannot_be_printed():
 
 def test_the_list_has_step_measure_and_threshold_and_an_end(tmp_path):
     pieces = [dropped(f"{number}.mp4", ticks=0) for number in range(LISTED + 2)]
-    content = write_report(pieces, Screening(), nothing, tmp_path, tmp_path, progress=False).read_text()
+    content = write_report(pieces, Screening(), tmp_path, tmp_path, progress=False).read_text()
     rows = [line for line in content.split("<tr>") if "the face is too small" in line and 'class="name"' in line]
     assert len(rows) == LISTED and f"of {LISTED + 2}; report.json lists all" in content
     cells = re.findall(r"<td[^>]*>([^<]*)", rows[0])
@@ -193,7 +189,7 @@ def test_the_list_has_step_measure_and_threshold_and_an_end(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--cache_dir"):
-        write_report([kept(ticks=0)], Screening(), nothing, tmp_path, tmp_path / "file", progress=False)
+        write_report([kept(ticks=0)], Screening(), tmp_path, tmp_path / "file", progress=False)
 
 
 def test_a_mouth_that_hardly_opens_is_drawn_low():
@@ -207,5 +203,5 @@ def test_a_mouth_that_hardly_opens_is_drawn_low():
 
 def test_measures_that_are_no_number_are_left_out_of_a_caption(tmp_path):
     piece = kept(ticks=0, face_size=100.0, sync_offset=float("nan"), sync_confidence=None)
-    page = write_report([piece], Screening(), nothing, tmp_path, tmp_path, progress=False).read_text()
+    page = write_report([piece], Screening(), tmp_path, tmp_path, progress=False).read_text()
     assert "face 100 px" in page and "nan" not in page.partition("Kept pieces")[2].lower()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ import sonic.measuring
 from sonic.config import SAMPLE_RATE, SAMPLES_PER_TICK, UserError
 from sonic.dataset import SonicDataset, square_of
 from sonic.faces import square_crop
-from sonic.judging import judge
+from sonic.judging import FACE_CHECKS, PIECE_CHECKS, judge
 from sonic.measuring import CURVES, Measured, curve_length, face_look, find_borders, measure, measure_sound
 from sonic.motion import head_yaw, window_buckets
-from sonic.pieces import STEPS, Piece, Screening, by_step, read_pieces
+from sonic.pieces import STEPS, Piece, Screening, by_step
 from sonic.prepare import main, prepare, screening_for
 from sonic.track_cache import load_measured, save_measured
 
@@ -192,6 +191,40 @@ def test_wild_motion_and_long_paths_drop(talking):
     assert verdict(talking, max_path=0.3) == [(0, 100, False, "path")]
 
 
+# Whose numbers a puppet has above 0; the others' thresholds are in the tests above.
+DECIDING = [
+    check
+    for check in PIECE_CHECKS
+    if check.flag not in ("max_clipping", "max_music", "min_syncnet_confidence")  # the last one: test_syncnet.py
+]
+
+
+@pytest.mark.parametrize("check", DECIDING, ids=lambda check: check.flag)
+def test_a_threshold_on_either_side_of_a_number_decides(talking, check):
+    (piece,) = judge("a.mp4", talking, Screening(), NEEDED)
+    value = piece.numbers[check.measure]
+    low, high = value - 0.02 * abs(value), value + 0.02 * abs(value)
+    passing, failing = (low, high) if check.flag.startswith("min_") else (high, low)
+    others = {"min_sync_seconds": 0, "min_sync_r": 0}
+    assert verdict(talking, **others | {check.flag: passing}) == [(0, 100, True, None)]
+    assert verdict(talking, **others | {check.flag: failing}) == [(0, 100, False, check.measure)]
+
+
+def test_face_thresholds_decide(talking):
+    for flag, passing, failing in (("min_face", 0, 1000), ("max_yaw", 90, 0)):
+        assert verdict(talking, **{flag: passing})[0][2]
+        assert verdict(talking, **{flag: failing})[0][2:] == (False, {"min_face": "face_size", "max_yaw": "yaw"}[flag])
+
+
+def test_every_threshold_belongs_to_a_check_or_is_known_otherwise():
+    others = "min_seconds max_seconds shot_threshold min_sync_seconds syncnet_path crop crop_expand keep_all"
+    flags = {check.flag for check in (*FACE_CHECKS, *PIECE_CHECKS)} | set(others.split())
+    assert flags == {one.name for one in dataclasses.fields(Screening)}
+    for low, high in (("min_seconds", "max_seconds"), ("min_brightness", "max_brightness")):
+        with pytest.raises(UserError, match=f"{low} is above {high}"):
+            Screening(**{low: 99, high: 98})
+
+
 def test_files_that_are_no_use_are_pieces_too():
     (piece,) = judge("a.mp4", Measured(reason="is empty"), Screening(keep_all=True), NEEDED)
     assert (piece.kept, piece.step, piece.reason) == (False, "probe", "is empty")
@@ -361,19 +394,3 @@ def test_a_file_that_is_still_being_written_is_looked_at_again(tmp_path, monkeyp
         with pytest.raises(UserError, match="still being written"):
             prepare(tmp_path / "videos", tmp_path / "cache", Level(), **SIZES)
     assert len(prepare(tmp_path / "videos", tmp_path / "cache", Level(), **SIZES).clips) == 1
-
-
-def test_two_runs_at_once_share_a_cache(tmp_path):
-    (tmp_path / "videos").mkdir()
-    for name in ("a.mp4", "b.mp4"):
-        write(tmp_path / "videos" / name, *puppet(30))
-    flags = f"--data_root {tmp_path}/videos --cache_dir {tmp_path}/cache --num_frames 10 --frame_step 1 --num_workers 0"
-    context = multiprocessing.get_context("spawn")
-    runs = [context.Process(target=main, args=(flags.split(),)) for _ in range(2)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(100)
-    assert [run.exitcode for run in runs] == [0, 0]
-    assert [piece.video for piece in read_pieces(tmp_path / "cache/prepared.json") if piece.kept] == ["a.mp4", "b.mp4"]
-    assert not list((tmp_path / "cache").rglob("*.partial"))

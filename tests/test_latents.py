@@ -22,11 +22,12 @@ from sonic.config import Settings, UserError
 from sonic.dataset import clip_square
 from sonic.latents import LatentFiles, cache_latents, gb_per_hour
 from sonic.media import VideoReader, save_video
-from sonic.prepare import Share, prepare
+from sonic.prepare import prepare
 from sonic.sound import load_audio
 from sonic.training import Encoders, with_model_defaults
 from sonic.training_config import TrainingConfig
 from sonic.validation import Validation
+from sonic.workers import Share
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -1,6 +1,8 @@
 """Training on shards: the command exports them, a run streams them, goes on from a checkpoint, and validates on a folder."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,32 @@ def test_a_run_on_shards_trains_and_goes_on(tiny, shards, tmp_path, capsys):
     assert list(losses(one)) == [1, 2, 3, 4]
 
 
+def test_a_run_on_cached_latents_out_of_shards(tiny, clips, cache, shards, tmp_path, monkeypatch, capsys):
+    """The losses are those of the pictures in the same shards, though neither VAE nor CLIP is loaded."""
+    run = {"save_steps": 9, "max_train_steps": 2, "cache_dir": cache}
+    fill = flags(tiny, shards, tmp_path / "fill", **run | {"max_train_steps": 1, "data_root": clips})
+    del fill[2:4]  # --data_shards: a run on the folder fills the cache
+    sonic_training.main([*fill, "--cache_latents"])
+    fresh()
+    kind = Path(re.search(r"of video in (\S+),", capsys.readouterr().out)[1])
+    command = f"--data_root {clips} --cache_dir {cache} --num_frames 4 --frame_step 1 --num_workers 0 --shard_size 2"
+    command += f" --whisper_path {tiny}/whisper --export_shards {tmp_path}/shards --shard_latents {kind}"
+    sonic.prepare.main(command.split())
+    both = f"{tmp_path}/shards/shard-*.tar"
+    sonic_training.main(flags(tiny, both, tmp_path / "pictures", crop_per="clip", **run))
+    fresh()
+    monkeypatch.setattr(sonic_training, "load_base", None)
+    sonic_training.main([*flags(tiny, both, tmp_path / "latents", **run), "--cache_latents"])
+    fresh()
+    pictures, latents = losses(tmp_path / "pictures"), losses(tmp_path / "latents")
+    assert list(latents) == [1, 2] and latents == pytest.approx(pictures, rel=1e-4)
+    with pytest.raises(UserError, match=f"no latents, and this run needs {kind.name}"):
+        sonic_training.main([*flags(tiny, shards, tmp_path / "none", **run), "--cache_latents"])
+    fresh()
+    with pytest.raises(UserError, match="no latents of mirror images"):
+        sonic_training.main([*flags(tiny, both, tmp_path / "flipped", flip=0.5, **run), "--cache_latents"])
+
+
 def test_a_folder_beside_shards_is_for_validation(tiny, shards, clips, cache, tmp_path, capsys):
     more = {"data_root": clips, "cache_dir": cache, "validation_steps": 2, "max_train_steps": 2}
     sonic_training.main(flags(tiny, shards, tmp_path, **more))
@@ -78,8 +106,7 @@ def test_a_dry_run_counts_the_shards(tiny, shards, tmp_path, capsys):
     ("change", "words"),
     [
         ({"max_train_steps": None}, "give --max_train_steps"),
-        ({"cache_latents": True}, "leave them away with --data_shards"),
-        ({"init_audio2token": True}, "leave them away with --data_shards"),
+        ({"init_audio2token": True}, "leave it away with --data_shards"),
         ({"shard_buffer": 0}, "shard_buffer"),
     ],
 )
@@ -93,6 +120,7 @@ def test_what_does_not_go_with_shards_is_one_sentence(change, words):
     [
         (["--export_shards", "x"], "give --whisper_path"),
         (["--whisper_path", "x", "--audio_extractor", "y.py:Z"], "give one of them"),
+        (["--shard_latents", "x"], "give --export_shards too"),
     ],
 )
 def test_what_an_export_needs_is_one_sentence(clips, tmp_path, more, words):

@@ -25,9 +25,9 @@ from sonic.config import UserError
 from sonic.dataset import SonicDataset
 from sonic.faces import landmark_box
 from sonic.media import VideoReader
-from sonic.prepare import Share
 from sonic.shard_stream import Reader, ShardStream, read_shards, shard_list, shuffled, stream_loader, unpack
 from sonic.shards import export_shards
+from sonic.workers import Share
 
 DATA = Path(__file__).parent / "data"
 EARS = "ears-1"
@@ -161,6 +161,14 @@ def test_a_second_export_makes_only_what_has_changed(clips, exported, monkeypatc
     assert sorted(path.suffix for path in exported.iterdir()) == [".json", ".json", ".tar", ".tar"]
     with pytest.raises(UserError, match="earlier, larger export"):
         export_shards(clips[:2], EARS, exported, 3, Share(), progress=False)
+
+
+def test_latents_that_are_not_there_are_told(clips, tmp_path):
+    with pytest.raises(UserError, match="is no folder of latents"):
+        export_shards(clips, EARS, tmp_path / "out", 3, Share(), tmp_path / "none", progress=False)
+    (tmp_path / "empty").mkdir()
+    left_out = export_shards(clips[:1], EARS, tmp_path / "out", 3, Share(), tmp_path / "empty", progress=False)
+    assert [name for name, _ in left_out] == [clips[0].name] and "cannot be read" in left_out[0][1]
 
 
 def test_processes_share_the_shards_and_a_clip_that_is_gone_is_named(clips, tmp_path):
