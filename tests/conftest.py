@@ -109,3 +109,14 @@ def clips(tmp_path_factory):
 def cache(tmp_path_factory):
     """A preparation cache that the training tests share."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compiler():
+    """Skips what torch.compile has no C++ compiler for."""
+    from torch._inductor import cpp_builder, exc  # takes a second to import, for few tests
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        pytest.skip("torch.compile needs a C++ compiler (apt-get install g++)")
