@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(flags, field.name) is not None:
             raise UserError(f"--{field.name} is for the web page: use it with --gradio")
     main_process = int(os.environ.get("RANK", 0)) == 0  # of those that accelerate started
-    with json_result(flags.json and main_process) as result:
+    with json_result(flags.json, prints=main_process) as result:
         if flags.doctor:
             from sonic.doctor import examine
 

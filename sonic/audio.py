@@ -69,13 +69,14 @@ class WhisperFeatures:
     def __call__(self, speech: np.ndarray) -> Tensor:
         """Speech [n] -> float32 features [2 · (n // 640), layers, width] on the CPU."""
         weight = next(self.encoder.parameters())
-        features = []
-        for start in range(0, len(speech), CHUNK):
+        features = torch.empty(FEATURES_PER_TICK * num_ticks(len(speech)), self.layers, self.width)
+        parts = features.split(FEATURES_PER_TICK * num_ticks(CHUNK))
+        for start, part in zip(range(0, len(speech), CHUNK), parts, strict=False):  # a rest may be shorter than a tick
             chunk = speech[start : start + CHUNK]
             mel = self._log_mel(chunk, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features  # [1, mel, 3000]
             states = self.encoder(mel.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states
-            features.append(torch.stack(states, dim=2)[0].float().cpu())
-        return torch.cat(features)[: FEATURES_PER_TICK * num_ticks(len(speech))]
+            part.copy_(torch.stack(states, dim=2)[0, : len(part)])
+        return features
 
 
 def _fingerprint(module: nn.Module) -> str:

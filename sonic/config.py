@@ -28,7 +28,9 @@ DOWNLOADS = {
 
 MOTION_SCALES = {"mild": 1.0, "moderate": 1.5, "intense": 2.0}  # motion buckets are multiplied by (SPEC.md section 5)
 
-KEY_MEMORY = 1.0  # GB; a minute of the real model's in fp16 takes a multiple of it, a sentence does not
+# GB: little beside what the smallest model takes with torch, so that a long video takes hardly more than a short one. Five seconds
+# of the real model's in fp16 fit; making them again is 0.1 % of its work (docs/inference.md).
+KEY_MEMORY = 0.2
 
 DEVICE = one_of("auto", "cpu", "cuda", "mps")
 DTYPE = one_of("auto", "fp32", "fp16", "bf16")

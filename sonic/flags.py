@@ -368,10 +368,10 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def json_result(wanted: bool) -> Iterator[dict]:
+def json_result(wanted: bool, prints: bool = True) -> Iterator[dict]:
     """Gives a dict to fill. If `wanted`, it is what stdout gets, as one JSON object at the end; all else goes to stderr.
 
-    What ends the work early is in it too, as `error`.
+    What ends the work early is in it too, as `error`. Of several processes only one `prints` it.
     """
     result: dict = {}
     if not wanted:
@@ -387,7 +387,8 @@ def json_result(wanted: bool) -> Iterator[dict]:
         result["error"] = f"{type(error).__name__}: {error}"
         raise
     finally:
-        print(json.dumps(result, ensure_ascii=False, default=str), flush=True)
+        if prints:
+            print(json.dumps(result, ensure_ascii=False, default=str), flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

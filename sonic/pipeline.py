@@ -330,11 +330,13 @@ class SonicPipeline:
                     put(part)
 
     def _key(self, job: Job, features: AudioFeatures) -> str:
-        """A name for all that decides a video's latents."""
-        config = self.config
+        """A name for all that decides a video's latents. How many frames are decoded at once is no part of it: that follows from
+        free memory."""
+        config, settings = self.config, dataclasses.asdict(job.settings)
+        del settings["decode_chunk_size"]
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._weights]
         said = [
-            dataclasses.asdict(job.settings),
+            settings,
             job.config.seed,
             len(job.speech),
             config.dtype,

@@ -127,3 +127,14 @@ def parts(tiny, clips, cache):
     from runs import make_parts
 
     return make_parts(tiny, clips, cache)
+
+
+@pytest.fixture
+def compiler():
+    """Skips what torch.compile has no C++ compiler for."""
+    from torch._inductor import cpp_builder, exc  # takes a second to import, for few tests
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        pytest.skip("torch.compile needs a C++ compiler (apt-get install g++)")

@@ -224,6 +224,18 @@ def test_an_interrupted_video_goes_on(pipeline, speech, tmp_path, monkeypatch, s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.mp4", "whole.mp4"]
 
 
+def test_a_state_outlives_another_chunk_size(pipeline, speech, tmp_path, monkeypatch):
+    """It follows from free memory, which is another one on another day, and does not change the latents."""
+    monkeypatch.setattr(unfinished, "KEEP_EVERY", 0)
+    output, said = tmp_path / "out.mp4", []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Counted(pipeline, patch, stop_after=5)
+        pipeline.generate_video(PORTRAIT, speech, output, decode_chunk_size=4)
+    counted = Counted(pipeline, monkeypatch)
+    pipeline.generate_video(PORTRAIT, speech, output, decode_chunk_size=2, resume=True, say=said.append)
+    assert counted.calls == 3 and "resumed after step 1" in " ".join(said)
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"motion": "intense"}, {"guidance_scale_audio": 1.0}, "broken"])
 def test_a_state_of_another_video_is_not_used(pipeline, speech, tmp_path, monkeypatch, change):
     monkeypatch.setattr(unfinished, "KEEP_EVERY", 0)

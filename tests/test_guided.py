@@ -7,7 +7,7 @@ from conftest import TINY
 
 from sonic import pipeline
 from sonic.checkpoints import Architecture, load_base, open_checkpoint
-from sonic.config import SonicConfig, UserError
+from sonic.config import KEY_MEMORY, SonicConfig, UserError
 from sonic.denoiser import Denoiser, Portrait
 from sonic.guided import Branches, Speech, VideoKeys
 from sonic.presets import PRESETS
@@ -94,6 +94,15 @@ def test_the_memory_that_keys_take_is_told_before(tiny):
     taken = sum(tensor.nbytes for layer in branches.keys.heard for tensor in layer)
     assert taken / 1e9 == pytest.approx(told)
     assert Branches(denoiser, still, speech, key_memory=0.99 * told).keys is None
+
+
+def test_the_default_keeps_the_keys_of_short_videos_only():
+    """A minute of sonic-mini takes about 1 GB (docs/inference.md), and any length may take a fifth more."""
+    mini = PRESETS["mini"]
+    one, ten = (
+        VideoKeys.gigabytes(SonicUNet(**mini.unet), 1500 * minutes, mini.audio_tokens, 4) for minutes in (1, 10)
+    )
+    assert one < KEY_MEMORY <= 0.2 < ten
 
 
 @pytest.mark.parametrize("hooks", [cpu_offload, cpu_offload_with_hook])

@@ -4,6 +4,7 @@ Every case folder of `tests/reference/`, or of the folder that SONIC_REFERENCE_D
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -19,14 +20,17 @@ from sonic import pictures, sound
 from sonic.adapters import AudioBucket, AudioToken
 from sonic.animator import Animator
 from sonic.audio import WhisperFeatures, frame_ticks, long_windows, short_windows
+from sonic.blocks import compile_unet, lay_out
 from sonic.checkpoints import PARTS, Architecture, BaseModels
-from sonic.config import Settings
+from sonic.config import KEY_MEMORY, Settings
 from sonic.denoiser import Denoiser, Portrait
 from sonic.faces import square_crop
 from sonic.guided import Speech
+from sonic.offload import place
 from sonic.portrait import prepare_portrait
 from sonic.presets import PRESETS
-from sonic.sampling import noise_levels
+from sonic.processes import Processes
+from sonic.sampling import noise_levels, windows
 from sonic.unet import Conditions, SonicUNet
 from sonic.weights import load_strict
 
@@ -114,21 +118,31 @@ def test_adapters(folder):
     assert error(audio2bucket.buckets(call["last_hidden_windows"], clip), call["buckets"].flatten(2)) <= 2e-5
 
 
-@cases(SAMPLER)
-def test_sampler(folder):
-    case = Case(folder)
+def check_sampler(case, offload="none", key_memory=KEY_MEMORY, compiled=False):
+    """The denoised latents and the video are the published ones, made as a pipeline with these flags makes them.
+
+    Under a launcher several processes make them together (`tests/test_several_processes.py`).
+    """
     call, sampler = case.call("sampler_call"), case.config["sampler"]
     assert (sampler["strength"], sampler["noise_aug_strength"]) == (1, 0)  # all that the method does
-    base = case.base
-    sigmas = noise_levels(base.scheduler, sampler["num_inference_steps"])
+    denoiser, base, cpu = Denoiser(case.unet, case.audio2token, case.audio2bucket), case.base, torch.device("cpu")
+    steps, window, overlap = (sampler[name] for name in ("num_inference_steps", "frames_per_window", "overlap"))
+    sigmas = noise_levels(base.scheduler, steps)
     assert error(sigmas, call["sigmas"]) <= 1e-6
     assert error(base.scheduler.timesteps, call["timesteps"]) <= 1e-6
-    animator = Animator(Denoiser(case.unet, case.audio2token, case.audio2bucket), base, torch.device("cpu"))
+    lay_out(denoiser.unet)
+    place(denoiser, base, cpu, offload)
+    if compiled:
+        compile_unet(denoiser.unet, cpu)
+    processes = Processes.started("cpu")
+    animator = Animator(denoiser, base, cpu, processes=processes, previews=offload == "none", key_memory=key_memory)
+    calls, predict = [], denoiser.predict
+    denoiser.predict = lambda *arguments: calls.append(arguments[3]) or predict(*arguments)
     settings = Settings(
-        num_frames=sampler["frames_per_window"],
+        num_frames=window,
         shift_offset=sampler["shift_offset"],
-        overlap=sampler["overlap"],
-        num_inference_steps=sampler["num_inference_steps"],
+        overlap=overlap,
+        num_inference_steps=steps,
         guidance_scale_image=sampler["image_guidance_scale"],
         guidance_scale_audio=sampler["audio_guidance_scale"],
         decode_chunk_size=sampler["decode_chunk_size"],
@@ -145,6 +159,25 @@ def test_sampler(folder):
         video = torch.cat(list(animator.decode_pixels(latents, settings.decode_chunk_size)))
     assert error(latents, call["output_latents"][0]) <= 1e-4
     assert error(video, call["output_video"][0].transpose(0, 1)) <= 1e-3
+    planned = len(windows(len(speech), window, overlap, 0))
+    assert len(calls) == steps * math.ceil(planned / processes.count)
+    assert all((conditions.projections is None) == (key_memory == 0) for conditions in calls)
+
+
+@cases(SAMPLER)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"key_memory": 0}, {"offload": "model"}, {"offload": "sequential"}],
+    ids=["eager", "no_kept_keys", "model_offload", "sequential_offload"],
+)
+def test_sampler(folder, flags):
+    check_sampler(Case(folder), **flags)
+
+
+@cases(sorted(SAMPLER, key=lambda folder: (folder / "unet.safetensors").stat().st_size)[:1])
+def test_sampler_compiled(folder, compiler):
+    """--compile, of the smallest case: on a CPU compiling takes a minute."""
+    check_sampler(Case(folder), compiled=True)
 
 
 @cases(PREPROCESS)

@@ -1,11 +1,13 @@
 """One video by several processes, and a batch shared out by clip, started as a user would."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import EXAMPLES, ROOT, voice
 from spread_worker import animate
 
@@ -26,13 +28,13 @@ def start(command, cwd):
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
-    return done.returncode, done.stdout + done.stderr
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_two_processes_make_the_same_latents(tiny, speech, tmp_path):
     worker = ROOT / "tests/spread_worker.py"
     animate(tiny, speech, tmp_path / "one", Processes())
-    code, printed = start([*TORCHRUN, worker, tiny, speech, tmp_path / "two"], tmp_path)
+    code, _, printed = start([*TORCHRUN, worker, tiny, speech, tmp_path / "two"], tmp_path)
     assert code == 0, printed
     one, *both = (torch.load(tmp_path / name) for name in ("one.0", "two.0", "two.1"))
     for found in both:
@@ -42,14 +44,48 @@ def test_two_processes_make_the_same_latents(tiny, speech, tmp_path):
     assert [found["calls"] for found in both] == [6, 6]  # in the last round of each step one of them repeats a window
 
 
+def test_two_processes_make_the_published_video():
+    """The reference test itself, which also counts each process' calls of the UNet."""
+    tests = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        ROOT / "tests/test_reference.py",
+        "-k",
+        "sampler and eager",
+    ]
+    code, printed, errors = start([*TORCHRUN, *tests], ROOT)
+    assert code == 0, printed + errors  # it would not be 0 either if no test had been found
+
+
 def test_a_batch_is_shared_out_by_clip(tiny, speech, tmp_path):
     (tmp_path / "broken.jpg").write_text("no picture")
     images = [PORTRAIT, PORTRAIT, tmp_path / "broken.jpg"]
-    demo = [ROOT / "sonic_demo.py", "--checkpoint", tiny, "--device", "cpu", "--num_inference_steps", 1]
+    demo = [ROOT / "sonic_demo.py", "--checkpoint", tiny, "--device", "cpu", "--num_inference_steps", 1, "--json"]
     command = [*TORCHRUN, *demo, "--image", *images, "--audio", speech, "--output", tmp_path / "out"]
-    code, printed = start(command, tmp_path)
-    assert code != 0 and "2 of 3 clips made" in printed and printed.count("clips made") == 1
+    code, printed, told = start(command, tmp_path)
+    assert code != 0 and "2 of 3 clips made" in told and told.count("clips made") == 1
+    result = json.loads(printed)  # nothing else, and from one process
+    assert [len(result[name]) for name in ("clips", "failures")] == [2, 1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["portrait_voice.mp4", "portrait_voice_2.mp4"]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_eight_windows_take_a_share_of_the_time_each(count, monkeypatch):
+    """Of the UNet part at release size: the work and the bytes of one process, against a fast card and a slow connection."""
+    made, received = [], []
+
+    def gather(parts, sent):
+        received.append(sum(part.nbytes for part in parts) - sent.nbytes)
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+    window = torch.empty(25, 4, 64, 64)
+    list(Processes(1, count).spread(lambda job: made.append(job) or window, list(range(8))))
+    assert len(made) == 8 / count and sum(received) == 8 / count * (count - 1) * window.nbytes
+    call, exchange = 100e12 / 1e15, sum(received) / 10e9  # seconds: SPEC.md section 7 at a PFLOP/s, 10 GB/s
+    assert 8 * call / (count * (len(made) * call + exchange)) > 0.99
 
 
 def test_shares():
