@@ -19,6 +19,7 @@ from PIL import Image
 
 from sonic import evaluation
 from sonic.config import SAMPLE_RATE, UserError
+from sonic.page_decoding import TooHeavy, Undecodable, read_portrait, read_speech, read_video_settings
 from sonic.page_jobs import (
     BY_HAND,
     CHOICES,
@@ -36,7 +37,7 @@ from sonic.page_jobs import (
     follow,
     log_incident,
 )
-from sonic.page_limits import SETTINGS_BYTES, Limits, Store, read_portrait, read_speech
+from sonic.page_limits import SETTINGS_BYTES, Limits, Store
 from sonic.page_text import duration, say
 from sonic.page_views import (
     bad_card,
@@ -50,7 +51,6 @@ from sonic.page_views import (
     to_percent,
 )
 from sonic.portrait import FULL, checked_box, find_face
-from sonic.record import read_record
 
 AUTO, HAND = "auto", "hand"  # where the face is; FULL is the third
 MODES = (AUTO, HAND, FULL)
@@ -143,8 +143,8 @@ class Actions:
             with path.open("rb") as stream:
                 start = stream.read(SETTINGS_BYTES)
             is_mp4 = start[4:8] == b"ftyp"  # nothing else is shown to FFmpeg
-            stored = read_record(path)["settings"] if is_mp4 else json.loads(start)
-        except (ValueError, RecursionError):
+            stored = read_video_settings(path) if is_mp4 else json.loads(start)
+        except (ValueError, RecursionError, Undecodable, TooHeavy):
             raise Refusal("bad_settings") from None
         if not isinstance(stored, dict) or not set(stored) & set(CHOICES):
             raise Refusal("bad_settings")
@@ -278,24 +278,24 @@ class Actions:
 
     def _portrait(self, file) -> Image.Image:
         path = self._path(file, "missing_portrait")
-        return self._read(read_portrait, path, "bad_picture", "the portrait")
+        return self._read(read_portrait, path, "bad_picture", "portrait")
 
     def _speech(self, file) -> np.ndarray:
         path = self._path(file, "missing_speech")
-        return self._read(read_speech, path, "bad_sound", "the speech")
+        return self._read(read_speech, path, "bad_sound", "speech")
 
     def _read(self, read, path: Path, bad: str, what: str):
         try:
             return read(path, self.limits)
         except UserError as error:
-            sentence = str(error).replace(str(path), what)
+            sentence = str(error).replace(str(path), f"the {what}")
             if "cannot be read as" in sentence or "no readable" in sentence:
                 raise Refusal(bad) from None
             raise UserError(sentence) from None
-        except MemoryError:
-            raise
-        except Exception:  # libraries meet broken files with errors of every kind; the file is at fault, not the page
+        except Undecodable:
             raise Refusal(bad) from None
+        except TooHeavy:
+            raise Refusal(f"heavy_{what}") from None
 
     def _path(self, file, missing: str) -> Path:
         """An upload's path. Refusal: none was given, it lies elsewhere, it is gone."""

@@ -134,6 +134,14 @@ TEXTS = {
         "The speech holds no readable audio: give a WAV, MP3, FLAC or MP4.",
         "无法读取语音：请提供 WAV、MP3、FLAC 或 MP4 文件。",
     ),
+    "heavy_portrait": (
+        "Reading the portrait takes more time or memory than a file gets here: give a smaller picture.",
+        "读取肖像所需的时间或内存超出限制：请换一张较小的图片。",
+    ),
+    "heavy_speech": (
+        "Reading the speech takes more time or memory than a file gets here: give a shorter one, as mono or stereo.",
+        "读取语音所需的时间或内存超出限制：请换一段较短的单声道或立体声音频。",
+    ),
     "bad_settings": (
         "These are no settings: give a settings file or a video that was made here.",
         "无法识别设置：请提供设置文件或本页生成的视频。",

@@ -21,6 +21,7 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 
+from sonic import page_decoding
 from sonic.config import PageConfig, SonicConfig, UserError
 from sonic.page_actions import Actions
 from sonic.page_guard import Guard
@@ -74,6 +75,7 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
     limits = limits or Limits()
     store = Store(folder or Path(os.environ["GRADIO_TEMP_DIR"]), limits)
     store.folder.mkdir(parents=True, exist_ok=True)
+    page_decoding.prepare()
     workshop = Workshop(pipeline, store.new)
     actions = Actions(workshop, store, limits)
     with gr.Blocks(title="Sonic", analytics_enabled=False) as blocks:
