@@ -185,6 +185,10 @@ class Actions:
         made = (history or [])[int(event.index)]
         return [*shown(made), made]
 
+    def told_again(self, made: Made | None, language) -> str:
+        """The card of the last video, in another language."""
+        return quiet_card(made_sentence(made, language) if made else say("idle", language))
+
     def compare(self, made: Made | None, language):
         """-> plot, video beside the portrait, a sentence."""
         try:
@@ -203,7 +207,7 @@ class Actions:
     # ------------------------------------------------------------------------------------------------------------- batch
 
     def make_all(self, portraits, speeches, choices: dict, language) -> Iterator[list]:
-        """Every portrait with every speech. -> the table of their states, the zip of what was made."""
+        """Every portrait with every speech. -> the table of their states, the zip of what was made until now."""
         try:
             pairs = self._pairs(portraits, speeches)
         except Exception as error:
@@ -211,6 +215,7 @@ class Actions:
             return
         rows = [[_name(a), _name(b), say("state_waiting", language)] for a, b in pairs]
         made: dict[int, Made] = {}
+        folder = self.store.new()
         yield [batch_table(rows, language), gr.update(value=None, visible=False)]
         for number, (portrait, speech) in enumerate(pairs):
             try:
@@ -222,10 +227,9 @@ class Actions:
                 rows[number][2] = say("state_done", language, time=duration(job.made.took, language))
             except Exception as error:  # whatever one of them runs into, the others go on
                 rows[number][2] = say("state_failed", language, why=self._told(error, language))
-            yield [batch_table(rows, language), NOTHING]
+            yield [batch_table(rows, language), gr.update(value=self._zip(folder, made, rows), visible=bool(made))]
         done = note(say("batch_done", language, made=len(made), total=len(pairs)))
-        archive = str(self._zip(made, rows)) if made else None
-        yield [batch_table(rows, language) + done, gr.update(value=archive, visible=bool(made))]
+        yield [batch_table(rows, language) + done, NOTHING]
 
     def _pairs(self, portraits, speeches) -> list[tuple]:
         for files, missing in ((portraits, "missing_portrait"), (speeches, "missing_speech")):
@@ -236,17 +240,19 @@ class Actions:
             raise Refusal("too_many", count=count, most=self.limits.max_batch)
         return [(portrait, speech) for portrait in portraits for speech in speeches]
 
-    def _zip(self, made: dict[int, Made], rows) -> Path:
+    def _zip(self, folder: Path, made: dict[int, Made], rows) -> str | None:
         """The videos under their numbers, and a table that says which is which: no name of a visitor becomes a path."""
-        path = self.store.new() / "sonic.zip"
-        with zipfile.ZipFile(path, "w") as archive:
+        if not made:
+            return None
+        path, partial = folder / "sonic.zip", folder / "partial.zip"
+        with zipfile.ZipFile(partial, "w") as archive:
             for number, one in made.items():
                 archive.write(one.folder / VIDEO, f"{number + 1:02d}.mp4")
                 archive.write(one.folder / SETTINGS, f"{number + 1:02d}.json")
             table = io.StringIO()
             csv.writer(table).writerows([("number", "portrait", "speech"), *((n + 1, *rows[n][:2]) for n in made)])
             archive.writestr("videos.csv", table.getvalue())
-        return path
+        return str(partial.replace(path))
 
     # ---------------------------------------------------------------------------------------------------------- together
 

@@ -112,6 +112,7 @@ TEXTS = {
     "state_working": ("working, {percent:.0f} %", "进行中，{percent:.0f} %"),
     "state_done": ("done, {time}", "完成，用时 {time}"),
     "state_failed": ("failed: {why}", "失败：{why}"),
+    "batch_cancelled": ("Cancelled. Videos that were ready are in the zip.", "已取消。已生成的视频在 zip 文件中。"),
     "batch_done": ("{made} of {total} videos made.", "共 {total} 个视频，已生成 {made} 个。"),
     # what it refuses; each is one sentence that says what to do
     "missing_portrait": ("The portrait is missing: choose a file.", "缺少肖像：请选择图片。"),
