@@ -21,6 +21,11 @@ Exit codes: 0 all made; 1 some clips of a batch failed, or --doctor found what i
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sonic.flags import leave_quietly
+
+    leave_quietly()  # the imports below take seconds
+
 import csv
 import dataclasses
 import json
@@ -70,7 +75,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     page.add_argument("--gradio", action="store_true", help="open the web page")
     page.add_argument("--share", action="store_true", help="with --gradio: a public address")
     page.add_argument(
-        "--doctor", action="store_true", help="check packages, weights, device, codecs, and animate ten frames"
+        "--doctor", action="store_true", help="check packages, weights, device, codecs, and animate five frames"
     )
     parser.add_config(SonicConfig)
     parser.add_config(PageConfig)

@@ -3,7 +3,7 @@
 Axes: n samples at 16 kHz, T features at 50 per second, S hidden states per feature, W width, F video frames.
 
 Other features plug in here: anything with the four members of `AudioExtractor` can be given to `SonicPipeline`, to
-`extract_audio_features`, and to training (`--audio_extractor FILE.py:NAME`); README.md has an example with MFCC and pitch.
+`extract_audio_features`, and to training (`--audio_extractor FILE.py:NAME`); docs/api.md has an example with MFCC and pitch.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ NOT_IMPORTED = ("face_recognition_models",)  # only its files are used
 # Animating does without these; each with what needs it.
 OPTIONAL = {
     "accelerate": "training",
+    "librosa": "tests, and audio features such as those in docs/api.md",
     "peft": "--train_modules lora",
     "psutil": "the memory estimate of training",
     "wandb": "--report_to wandb",
@@ -43,7 +44,10 @@ OPTIONAL = {
 }
 LANDMARKS = "shape_predictor_68_face_landmarks.dat"
 LEAST_MEMORY, LEAST_DISK = 1.5, 0.5  # GB: sonic-mini with all libraries takes 1.3 at most; a few videos
-TEST_STEPS, TEST_TICKS = 2, 10  # of the self-test: denoising steps, and frames, one window of sonic-mini
+TEST_STEPS, TEST_TICKS = (
+    2,
+    5,
+)  # of the self-test: denoising steps and frames; a laptop is to have it done in five seconds
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 COLOURS = {OK: "32", MISSING: "33", BROKEN: "31"}
 

@@ -156,6 +156,12 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
+def _called() -> str:
+    """What the person at the keyboard has typed: `sonic_demo.py`, or `python -m sonic.prepare`."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return Path(sys.argv[0]).name if module is None else f"python -m {module.name.removesuffix('.__main__')}"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence and exit code 2, and whose flags may come from a file.
 
@@ -164,7 +170,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str, read_other: Callable[[Path], str | None] = lambda path: None):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, add_help=False)
+        super().__init__(_called(), description=description, formatter_class=_Help, allow_abbrev=False, add_help=False)
         self.register("action", "store_true", _Switch)
         self._read_other = read_other
         self._secrets: set[str] = set()
@@ -391,6 +397,18 @@ def json_result(wanted: bool, prints: bool = True) -> Iterator[dict]:
             print(json.dumps(result, ensure_ascii=False, default=str), flush=True)
 
 
+def leave_quietly() -> None:
+    """Until `run` begins, Ctrl-C ends the process with code 130 and no traceback: heavy imports take seconds, and inside
+    them an exception would not come through whole. Nothing has been begun then that could be left half done."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number: int, frame) -> NoReturn:
+    os.write(sys.stderr.fileno(), b"interrupted\n")
+    os._exit(128 + number)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and ends with an exit code: that of `main`, 2 for a UserError, which is printed as its one
     sentence, 130 for Ctrl-C and 143 for SIGTERM, both without a traceback."""
@@ -400,6 +418,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, terminate) if in_main else None
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
         sys.stdout.flush()

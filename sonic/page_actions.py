@@ -19,6 +19,7 @@ from PIL import Image
 
 from sonic import evaluation
 from sonic.config import SAMPLE_RATE, UserError
+from sonic.page_decoding import TooHeavy, Undecodable, read_portrait, read_speech, read_video_settings
 from sonic.page_jobs import (
     BY_HAND,
     CHOICES,
@@ -36,7 +37,7 @@ from sonic.page_jobs import (
     follow,
     log_incident,
 )
-from sonic.page_limits import SETTINGS_BYTES, Limits, Store, read_portrait, read_speech
+from sonic.page_limits import SETTINGS_BYTES, Limits, Store
 from sonic.page_text import duration, say
 from sonic.page_views import (
     bad_card,
@@ -50,7 +51,6 @@ from sonic.page_views import (
     to_percent,
 )
 from sonic.portrait import FULL, checked_box, find_face
-from sonic.record import read_record
 
 AUTO, HAND = "auto", "hand"  # where the face is; FULL is the third
 MODES = (AUTO, HAND, FULL)
@@ -143,8 +143,8 @@ class Actions:
             with path.open("rb") as stream:
                 start = stream.read(SETTINGS_BYTES)
             is_mp4 = start[4:8] == b"ftyp"  # nothing else is shown to FFmpeg
-            stored = read_record(path)["settings"] if is_mp4 else json.loads(start)
-        except (ValueError, RecursionError):
+            stored = read_video_settings(path) if is_mp4 else json.loads(start)
+        except (ValueError, RecursionError, Undecodable, TooHeavy):
             raise Refusal("bad_settings") from None
         if not isinstance(stored, dict) or not set(stored) & set(CHOICES):
             raise Refusal("bad_settings")
@@ -185,6 +185,10 @@ class Actions:
         made = (history or [])[int(event.index)]
         return [*shown(made), made]
 
+    def told_again(self, made: Made | None, language) -> str:
+        """The card of the last video, in another language."""
+        return quiet_card(made_sentence(made, language) if made else say("idle", language))
+
     def compare(self, made: Made | None, language):
         """-> plot, video beside the portrait, a sentence."""
         try:
@@ -203,7 +207,7 @@ class Actions:
     # ------------------------------------------------------------------------------------------------------------- batch
 
     def make_all(self, portraits, speeches, choices: dict, language) -> Iterator[list]:
-        """Every portrait with every speech. -> the table of their states, the zip of what was made."""
+        """Every portrait with every speech. -> the table of their states, the zip of what was made until now."""
         try:
             pairs = self._pairs(portraits, speeches)
         except Exception as error:
@@ -211,6 +215,7 @@ class Actions:
             return
         rows = [[_name(a), _name(b), say("state_waiting", language)] for a, b in pairs]
         made: dict[int, Made] = {}
+        folder = self.store.new()
         yield [batch_table(rows, language), gr.update(value=None, visible=False)]
         for number, (portrait, speech) in enumerate(pairs):
             try:
@@ -222,10 +227,9 @@ class Actions:
                 rows[number][2] = say("state_done", language, time=duration(job.made.took, language))
             except Exception as error:  # whatever one of them runs into, the others go on
                 rows[number][2] = say("state_failed", language, why=self._told(error, language))
-            yield [batch_table(rows, language), NOTHING]
+            yield [batch_table(rows, language), gr.update(value=self._zip(folder, made, rows), visible=bool(made))]
         done = note(say("batch_done", language, made=len(made), total=len(pairs)))
-        archive = str(self._zip(made, rows)) if made else None
-        yield [batch_table(rows, language) + done, gr.update(value=archive, visible=bool(made))]
+        yield [batch_table(rows, language) + done, NOTHING]
 
     def _pairs(self, portraits, speeches) -> list[tuple]:
         for files, missing in ((portraits, "missing_portrait"), (speeches, "missing_speech")):
@@ -236,17 +240,19 @@ class Actions:
             raise Refusal("too_many", count=count, most=self.limits.max_batch)
         return [(portrait, speech) for portrait in portraits for speech in speeches]
 
-    def _zip(self, made: dict[int, Made], rows) -> Path:
+    def _zip(self, folder: Path, made: dict[int, Made], rows) -> str | None:
         """The videos under their numbers, and a table that says which is which: no name of a visitor becomes a path."""
-        path = self.store.new() / "sonic.zip"
-        with zipfile.ZipFile(path, "w") as archive:
+        if not made:
+            return None
+        path, partial = folder / "sonic.zip", folder / "partial.zip"
+        with zipfile.ZipFile(partial, "w") as archive:
             for number, one in made.items():
                 archive.write(one.folder / VIDEO, f"{number + 1:02d}.mp4")
                 archive.write(one.folder / SETTINGS, f"{number + 1:02d}.json")
             table = io.StringIO()
             csv.writer(table).writerows([("number", "portrait", "speech"), *((n + 1, *rows[n][:2]) for n in made)])
             archive.writestr("videos.csv", table.getvalue())
-        return path
+        return str(partial.replace(path))
 
     # ---------------------------------------------------------------------------------------------------------- together
 
@@ -278,24 +284,24 @@ class Actions:
 
     def _portrait(self, file) -> Image.Image:
         path = self._path(file, "missing_portrait")
-        return self._read(read_portrait, path, "bad_picture", "the portrait")
+        return self._read(read_portrait, path, "bad_picture", "portrait")
 
     def _speech(self, file) -> np.ndarray:
         path = self._path(file, "missing_speech")
-        return self._read(read_speech, path, "bad_sound", "the speech")
+        return self._read(read_speech, path, "bad_sound", "speech")
 
     def _read(self, read, path: Path, bad: str, what: str):
         try:
             return read(path, self.limits)
         except UserError as error:
-            sentence = str(error).replace(str(path), what)
+            sentence = str(error).replace(str(path), f"the {what}")
             if "cannot be read as" in sentence or "no readable" in sentence:
                 raise Refusal(bad) from None
             raise UserError(sentence) from None
-        except MemoryError:
-            raise
-        except Exception:  # libraries meet broken files with errors of every kind; the file is at fault, not the page
+        except Undecodable:
             raise Refusal(bad) from None
+        except TooHeavy:
+            raise Refusal(f"heavy_{what}") from None
 
     def _path(self, file, missing: str) -> Path:
         """An upload's path. Refusal: none was given, it lies elsewhere, it is gone."""

@@ -10,7 +10,7 @@ from sonic.config import MOTION_SCALES, SonicConfig
 from sonic.page_actions import AUTO, HAND, Actions
 from sonic.page_jobs import BY_HAND, CHOICES
 from sonic.page_text import label, say
-from sonic.page_views import ROLL, quiet_card
+from sonic.page_views import ROLL, note, quiet_card
 from sonic.portrait import FULL
 from sonic.weights import ROOT
 
@@ -28,6 +28,7 @@ QUICK = {
     "concurrency_id": LOOKS,
     "concurrency_limit": LOOKS_AT_ONCE,
 }
+LATEST = QUICK | {"trigger_mode": "always_last"}  # of a slider's many places, the last one counts
 JOB = {"preprocess": False, "concurrency_id": JOBS, "concurrency_limit": 1}
 EXAMPLE = (ROOT / "examples/portrait.jpg", ROOT / "examples/audio.wav")
 
@@ -182,7 +183,14 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
                 plot = gr.Image(
                     label=label("plot"), interactive=False, visible=False, buttons=["fullscreen"], elem_id="plot"
                 )
-                beside = gr.Video(label=label("side_by_side"), interactive=False, visible=False, buttons=[], height=360)
+                beside = gr.Video(
+                    label=label("side_by_side"),
+                    interactive=False,
+                    visible=False,
+                    buttons=[],
+                    height=400,
+                    elem_id="beside",
+                )
             gallery = gr.Gallery(
                 label=label("history"),
                 columns=4,
@@ -201,12 +209,13 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
     seen = [view, face_note, *face, face_box]
     portrait.change(_starting_anew(actions.look), [portrait, *face, language], [*seen, corner], **QUICK)
     language.input(_as_drawn(actions.look, False), [portrait, *face, language], seen, **QUICK)
-    for changed in (mode.input, *(slider.release for slider in sliders)):
-        changed(_as_drawn(actions.look, changed is not mode.input), [portrait, *face, language], seen, **QUICK)
+    # `input`, not `release`: a slider that is moved with the keyboard is never let go.
+    for changed in (mode.input, *(slider.input for slider in sliders)):
+        changed(_as_drawn(actions.look, changed is not mode.input), [portrait, *face, language], seen, **LATEST)
     view.select(actions.click, [portrait, corner, language], [*seen, corner], **QUICK)
     heard = [speech, steps, shift, resolution, rate, language]
-    for changed in (speech.change, steps.release, resolution.release, rate.input, language.input):
-        changed(actions.listen, heard, speech_note, **QUICK)
+    for changed in (speech.change, steps.input, resolution.input, rate.input, language.input):
+        changed(actions.listen, heard, speech_note, **LATEST)
     load.upload(actions.load_settings, [load, language], [*chosen, speech_note], **QUICK)
     dice.click(None, None, seed, js=ROLL)
     example.click(lambda: [str(path) for path in EXAMPLE], None, [portrait, speech], **QUICK)
@@ -215,11 +224,8 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
     def wait(language):
         return quiet_card(say("waiting", language)), gr.update(visible=True), gr.update(interactive=False)
 
-    def ready():
-        return gr.update(visible=False), gr.update(interactive=True)
-
     def stop(language):
-        return quiet_card(say("cancelled", language)), *ready()
+        return quiet_card(say("cancelled", language)), *_at_rest()
 
     def make_one(portrait, speech, mode, left, top, right, bottom, language, history, *chosen):
         """Makes the portrait speak, and tells how far it is."""
@@ -243,9 +249,10 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
         show_progress_on=status,
         **JOB,
     )
-    run.then(ready, None, [cancel, button], **QUICK)
+    run.then(_at_rest, None, [cancel, button], **QUICK)
     cancel.click(stop, language, [status, cancel, button], cancels=[run], **QUICK)
     gallery.select(actions.show_again, history, [*made, last], **QUICK)
+    language.input(actions.told_again, [last, language], status, **QUICK)
     compare.click(
         actions.compare,
         [last, language],
@@ -313,7 +320,8 @@ def batch_tab(actions: Actions, language: gr.Radio, chosen: list) -> list[int]:
         )
     with gr.Row():
         button = gr.Button(label("make_all"), variant="primary", elem_id="make_all")
-        cancel = gr.Button(label("cancel"), variant="stop", elem_id="cancel_batch")
+        cancel = gr.Button(label("cancel"), variant="stop", visible=False, elem_id="cancel_batch")
+    told = gr.HTML()
     table = gr.HTML(elem_id="table")
     archive = gr.DownloadButton(label("zip"), visible=False, elem_id="zip")
 
@@ -321,7 +329,13 @@ def batch_tab(actions: Actions, language: gr.Radio, chosen: list) -> list[int]:
         """Every portrait with every voice."""
         yield from actions.make_all(portraits, speeches, dict(zip(CHOICES, chosen, strict=True)), language)
 
-    run = button.click(
+    def begin():
+        return "", gr.update(visible=True), gr.update(interactive=False)
+
+    def stop(language):
+        return note(say("batch_cancelled", language)), *_at_rest()
+
+    run = button.click(begin, None, [told, cancel, button], **QUICK).then(
         make_all,
         [portraits, speeches, language, *chosen],
         [table, archive],
@@ -330,8 +344,14 @@ def batch_tab(actions: Actions, language: gr.Radio, chosen: list) -> list[int]:
         show_progress_on=table,
         **JOB,
     )
-    cancel.click(None, None, None, cancels=[run])
+    run.then(_at_rest, None, [cancel, button], **QUICK)
+    cancel.click(stop, language, [told, cancel, button], cancels=[run], **QUICK)
     return [run["id"]]
+
+
+def _at_rest():
+    """Cancel goes, and what begins a job can be pressed again."""
+    return gr.update(visible=False), gr.update(interactive=True)
 
 
 def _as_text(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What the web page takes of its visitors, and how long it keeps it: limits, accounts, files of strangers, the store."""
+"""What the web page takes of its visitors, and how long it keeps it: limits, accounts, the store."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from sonic import pictures, sound
 from sonic.config import PageConfig, Settings, UserError
 
 SETTINGS_BYTES = 64_000  # a settings file has less than a thousand
@@ -86,19 +82,6 @@ def accounts(auth: str | None) -> list[tuple[str, str]] | None:
     if not pairs:
         raise UserError(f"--auth file '{auth}' is empty: write one line USER:PASSWORD for each user")
     return pairs
-
-
-# ----------------------------------------------------------------------------------------------------- files of strangers
-
-
-def read_portrait(path: Path, limits: Limits) -> Image.Image:
-    """An uploaded picture as RGB. UserError: no picture, too small, too large."""
-    return pictures.load_image(path, max_pixels=int(limits.max_image_megapixels * 1e6))
-
-
-def read_speech(path: Path, limits: Limits) -> np.ndarray:
-    """An uploaded sound as float32 [samples] at 16 kHz. UserError: no sound, too short, too long, too many channels."""
-    return sound.load_audio(path, max_seconds=limits.max_audio_seconds)
 
 
 # -------------------------------------------------------------------------------------------------------------- the store

@@ -112,6 +112,7 @@ TEXTS = {
     "state_working": ("working, {percent:.0f} %", "进行中，{percent:.0f} %"),
     "state_done": ("done, {time}", "完成，用时 {time}"),
     "state_failed": ("failed: {why}", "失败：{why}"),
+    "batch_cancelled": ("Cancelled. Videos that were ready are in the zip.", "已取消。已生成的视频在 zip 文件中。"),
     "batch_done": ("{made} of {total} videos made.", "共 {total} 个视频，已生成 {made} 个。"),
     # what it refuses; each is one sentence that says what to do
     "missing_portrait": ("The portrait is missing: choose a file.", "缺少肖像：请选择图片。"),
@@ -133,6 +134,14 @@ TEXTS = {
     "bad_sound": (
         "The speech holds no readable audio: give a WAV, MP3, FLAC or MP4.",
         "无法读取语音：请提供 WAV、MP3、FLAC 或 MP4 文件。",
+    ),
+    "heavy_portrait": (
+        "Reading the portrait takes more time or memory than a file gets here: give a smaller picture.",
+        "读取肖像所需的时间或内存超出限制：请换一张较小的图片。",
+    ),
+    "heavy_speech": (
+        "Reading the speech takes more time or memory than a file gets here: give a shorter one, as mono or stereo.",
+        "读取语音所需的时间或内存超出限制：请换一段较短的单声道或立体声音频。",
     ),
     "bad_settings": (
         "These are no settings: give a settings file or a video that was made here.",

@@ -19,6 +19,20 @@ BOX, CORNER = "#22c55e", "#f97316"
 # Fonts that every system has: the page must look the same without a network.
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 
+# Texts of gradio's theme that stand out too little from what is behind them: WCAG asks for 4.5 to 1.
+CONTRAST = {
+    "body_text_color_subdued": "*neutral_500",
+    "input_placeholder_color": "*neutral_500",
+    "block_label_text_color": "*primary_700",
+    "block_title_text_color": "*primary_700",
+    "color_accent": "*primary_600",
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_700",
+    "button_secondary_background_fill_hover_dark": "*neutral_700",
+    "checkbox_label_background_fill_selected": "*primary_600",
+}
+
 CSS = """
 .gradio-container, .gradio-container > main, main.app { max-width: 1180px !important; width: 100%; margin: 0 auto !important; }
 footer .divider { display: none; }
@@ -29,6 +43,7 @@ footer .divider { display: none; }
             box-shadow: none; overflow: visible; }
 #language .wrap { flex-wrap: nowrap; justify-content: flex-end; gap: 6px; }
 #language label { padding: 6px 12px; }
+#language > div, #language fieldset { background: none; }
 .html-container { padding: 0 !important; }
 #dice { align-self: end; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; padding-top: 28px; }
@@ -45,11 +60,15 @@ footer .divider { display: none; }
 .card.bad { border-color: var(--error-border-color, #ef4444); }
 .jobs { overflow-x: auto; }
 .jobs table { width: 100%; border-collapse: collapse; }
-.jobs th, .jobs td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--border-color-primary);
-                     overflow-wrap: anywhere; }
+.jobs th, .jobs td { text-align: left; padding: 6px 10px; border: none !important; overflow-wrap: anywhere;
+                     border-bottom: 1px solid var(--border-color-primary) !important; }
 .jobs td.number { font-variant-numeric: tabular-nums; width: 3em; }
+.jobs + .note { margin-top: 10px; }
 .note { color: var(--body-text-color-subdued); padding: 0 2px; }
-#animate, #make_all { min-height: 48px; }
+#animate, #make_all, #cancel, #cancel_batch { min-height: 48px; }
+#face .image-container { height: calc(100% - 41px); }
+#plot img { padding-top: 44px; }
+#beside video { padding-top: 40px; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 10px !important; }
@@ -79,6 +98,12 @@ SWITCH_LANGUAGE = f"""async (language) => {{
   await speak(language);
   return [language];
 }}"""
+# A browser's sign for a picture that it cannot show is none of ours: TIFF is read here all the same, and a broken file is told.
+UNSHOWN = """() => {
+  const mark = (visibility) => (event) => { if (event.target.tagName === "IMG") event.target.style.visibility = visibility; };
+  document.addEventListener("error", mark("hidden"), true);
+  document.addEventListener("load", mark("visible"), true);
+}"""
 ROLL = "() => Math.floor(Math.random() * 1000000)"
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
-import librosa
 import numpy as np
 import soundfile
 import soxr
@@ -41,12 +40,21 @@ def load_audio(path, max_seconds: float | None = None) -> np.ndarray:
             if max_seconds is not None and file.frames > max_seconds * rate:
                 raise _too_long(path, file.frames / rate, max_seconds)
             samples = file.read(dtype="float32", always_2d=True)
-        samples = librosa.to_mono(_finite(samples.T, path))
+        samples = _finite(samples.T, path).mean(axis=0)
     except soundfile.LibsndfileError:
         samples, rate = _decode_audio(path, max_seconds)
     if len(samples) < MIN_AUDIO_SECONDS * rate:
         raise UserError(f"{path}: audio shorter than {MIN_AUDIO_SECONDS} s ({len(samples) / rate:.3f} s): give more.")
-    return librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+    return _at_our_rate(samples, rate)
+
+
+def _at_our_rate(samples: np.ndarray, rate: int) -> np.ndarray:
+    """What `librosa.resample` does with "soxr_hq", without the seconds that importing librosa takes."""
+    if rate == SAMPLE_RATE:
+        return samples
+    length = math.ceil(len(samples) * (SAMPLE_RATE / rate))
+    resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")[:length]
+    return np.pad(resampled, (0, length - len(resampled)))
 
 
 def _too_long(path: Path, seconds: float, max_seconds: float) -> UserError:

@@ -37,7 +37,7 @@ class TrainingConfig(Checked):
     base_model: str | None = flag(None, "VAE and CLIP folder (default: --model_path, or what its checkpoint names)")
     whisper_path: str | None = flag(None, f"Whisper folder (default: the checkpoint's own, else {WHISPER})")
     audio_extractor: str | None = flag(
-        None, "FILE.py:NAME of your own audio features instead of Whisper's (README: audio features)"
+        None, "FILE.py:NAME of your own audio features instead of Whisper's: see docs/api.md"
     )
     cache_dir: str | None = flag(None, "prepared data (default: OUTPUT_DIR/cache)", group="data and output")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 
+from sonic import page_decoding
 from sonic.config import PageConfig, SonicConfig, UserError
 from sonic.page_actions import Actions
 from sonic.page_guard import Guard
@@ -28,7 +29,7 @@ from sonic.page_jobs import Workshop
 from sonic.page_layout import JOBS, LOOKS_WAITING, QUICK, batch_tab, one_video
 from sonic.page_limits import Limits, Store, accounts, is_open_to_strangers, resolve
 from sonic.page_text import ENGLISH, LANGUAGES, label, say, translations
-from sonic.page_views import CSS, FIRST_LANGUAGE, FONT, MONO, SWITCH_LANGUAGE, quiet_card
+from sonic.page_views import CONTRAST, CSS, FIRST_LANGUAGE, FONT, MONO, SWITCH_LANGUAGE, UNSHOWN, quiet_card
 from sonic.pipeline import SonicPipeline
 
 SESSIONS = 500  # visitors whose history is remembered; the one who was away longest is forgotten first
@@ -74,6 +75,7 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
     limits = limits or Limits()
     store = Store(folder or Path(os.environ["GRADIO_TEMP_DIR"]), limits)
     store.folder.mkdir(parents=True, exist_ok=True)
+    page_decoding.prepare()
     workshop = Workshop(pipeline, store.new)
     actions = Actions(workshop, store, limits)
     with gr.Blocks(title="Sonic", analytics_enabled=False) as blocks:
@@ -101,6 +103,7 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
             [first.status, one, batch],
             **QUICK,
         )
+        blocks.load(None, None, None, js=UNSHOWN)
         language.input(_tab_names, language, [one, batch], js=SWITCH_LANGUAGE, **QUICK)
     # api_open: a plain POST would go past the queue.
     blocks.queue(max_size=limits.max_waiting + LOOKS_WAITING, api_open=False)
@@ -116,7 +119,7 @@ def open_page(page: Page, share: bool = False, auth: list[tuple[str, str]] | Non
     """Starts serving in the background: the local address, and the public one or None. Raises UserError if no port is free."""
     theme = gr.themes.Soft(
         primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONO
-    )
+    ).set(**CONTRAST)
     try:
         _, local, public = page.blocks.launch(
             share=share,

@@ -2,10 +2,12 @@
 
 import json
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
 import sonic_demo
 import sonic_training
@@ -96,6 +98,19 @@ def test_help_of_every_command_fits_the_terminal(parse, columns, monkeypatch, ca
     assert lines[0].startswith("usage: ") and len(lines[0]) <= 80
     assert max(map(len, lines)) <= columns
     assert "  --config FILE" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", "sonic.puppets", "--help"], "usage: python -m sonic.puppets --output"),
+        (["-m", "sonic.puppets", "--zzzz"], "python -m sonic.puppets: there is no flag --zzzz"),
+        (["sonic_demo.py", "--zzzz"], "sonic_demo.py: there is no flag --zzzz"),
+    ],
+)
+def test_a_command_has_the_name_it_was_called_by(arguments, said):
+    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.stdout + ended.stderr).startswith(said)
 
 
 def test_every_setting_has_a_heading():

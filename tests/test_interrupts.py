@@ -121,6 +121,34 @@ def test_a_real_signal(number, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["begun.yaml"]
 
 
+@pytest.mark.parametrize("script", ["sonic_demo.py", "sonic_training.py"])
+def test_ctrl_c_while_it_starts(script, tmp_path):
+    """0.3 s after it has come to its own lines, which is in the midst of torch for training."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--output_dir", str(tmp_path / "run")]
+    if script == "sonic_demo.py":
+        command = [*command[:4], "--doctor"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        for line in process.stderr:  # a busy machine takes its time to start Python
+            if line.rstrip().endswith(" sonic.flags"):
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and said.splitlines()[-1] == "interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} {ROOT / 'sonic_demo.py'} --help | true"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import bad_decoders
 import httpx
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import sonic_demo
-from sonic import webui
+from sonic import page_decoding, webui
 from sonic.checkpoints import create_checkpoint
 from sonic.config import SAMPLE_RATE, PageConfig, SonicConfig, UserError
 from sonic.media import VideoReader, read_metadata, save_video
@@ -29,6 +30,7 @@ from sonic.page_actions import Actions
 from sonic.page_jobs import CHOICES, Cancelled, Made
 from sonic.page_limits import Limits, Store, accounts, resolve
 from sonic.page_text import TEXTS, say
+from sonic.pictures import load_image
 from sonic.pipeline import SonicPipeline
 from sonic.presets import PRESETS
 from sonic.sound import load_audio
@@ -310,6 +312,42 @@ def test_a_batch_makes_what_can_be_made(actions, uploaded):
     too_many = list(actions.make_all(portraits * 26, [uploaded("speech.wav")], chosen, "en"))
     assert "52 videos are too many" in too_many[-1][0]
     assert say("missing_speech") in next(actions.make_all(portraits, None, chosen, "en"))[0]
+
+
+# What is told of a decoder that fails, dies, and takes too much.
+UNREADABLE, TOO_MUCH = say("bad_picture"), say("heavy_portrait")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "sentence"),
+    [
+        (bad_decoders.breaks, UNREADABLE),
+        (bad_decoders.dies, UNREADABLE),
+        (bad_decoders.lies, UNREADABLE),
+        (bad_decoders.hangs, TOO_MUCH),
+        (bad_decoders.spins, TOO_MUCH),
+        (bad_decoders.swells, TOO_MUCH),
+    ],
+)
+def test_a_decoder_that_dies_takes_nothing_with_it(actions, uploaded, monkeypatch, decoder, sentence):
+    """It runs in a process of its own; the visitor reads a sentence, and the next picture is read."""
+    portrait = uploaded(PORTRAIT)
+    page_decoding.read_portrait(Path(portrait["path"]), Limits())  # from here on the decoders are imported
+    with monkeypatch.context() as patch:
+        patch.setattr(page_decoding, "_portrait", decoder)
+        patch.setattr(page_decoding, "SECONDS", 0.5 if decoder is bad_decoders.hangs else 60)
+        said = actions.look(portrait, "auto", 0, 0, 0, 0, "en")[1]
+    assert sentence in said and "alert" in said
+    assert say("face_found") in actions.look(portrait, "auto", 0, 0, 0, 0, "en")[1]
+
+
+def test_what_is_read_apart_is_what_is_read_here(folder):
+    read = page_decoding.read_portrait(PORTRAIT, Limits())
+    assert np.array_equal(np.asarray(read), np.asarray(load_image(PORTRAIT)))
+    speech = page_decoding.read_speech(folder / "speech.wav", Limits())
+    assert np.array_equal(speech, load_audio(folder / "speech.wav")) and speech.dtype == np.float32
+    with pytest.raises(UserError, match=r"lasts 0\.4 s, more than the 0\.1 s"):
+        page_decoding.read_speech(folder / "speech.wav", Limits(max_audio_seconds=0.1))
 
 
 def test_who_stops_looking_ends_the_job(actions, page, pipeline, uploaded, monkeypatch):

@@ -218,9 +218,20 @@ def test_a_batch_in_the_browser(visit, folder):
     assert Path(wanted.value.path()).read_bytes()[:2] == b"PK"
 
 
+def everything_open(page) -> None:
+    """All that can be unfolded, a portrait and a speech."""
+    page.locator("#example").click()
+    page.get_by_text(say("face_found")).wait_for()
+    page.get_by_text("3.9 s of speech").wait_for()
+    page.get_by_role("button", name=say("face_mode")).click()
+    page.get_by_role("button", name=say("more"), exact=True).click()
+    page.get_by_label("Seed", exact=True).wait_for()
+    page.wait_for_timeout(500)
+
+
 def test_everything_has_a_name_and_can_be_reached_with_the_keyboard(visit):
     page = visit()
-    page.locator("#more").get_by_role("button").first.click()
+    everything_open(page)
     nameless = page.evaluate(
         """() => [...document.querySelectorAll('input:not([type=file]), textarea, select, button')]
             .filter((item) => item.offsetParent && !(item.innerText || item.ariaLabel || item.title || item.placeholder
@@ -228,8 +239,84 @@ def test_everything_has_a_name_and_can_be_reached_with_the_keyboard(visit):
             .map((item) => item.outerHTML.slice(0, 200))"""
     )
     assert nameless == []
-    reached = set()
-    for _ in range(60):
+    count = page.evaluate(
+        """() => {
+            // Of the buttons of one choice, Tab reaches the chosen one; the arrows reach the others.
+            window.wanted = [...document.querySelectorAll('input:not([type=file]), textarea, select, button, a[href]')]
+                .filter((item) => item.checkVisibility({visibilityProperty: true}) && !item.disabled && item.tabIndex >= 0
+                    && (item.type !== 'radio' || item.checked));
+            return wanted.length;
+        }"""
+    )
+    assert count > 30
+    page.evaluate("document.activeElement.blur(); window.reached = new Set(); window.unseen = []")
+    for _ in range(count + 30):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.closest('[id]:not(input)')?.id"))
-    assert {"example", "portrait", "speech", "motion", "seed", "dice", "steps", "animate"} <= reached, reached
+        page.evaluate(
+            """() => {
+                const item = document.activeElement, style = getComputedStyle(item);
+                reached.add(item);
+                const shown = style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2;
+                if (item !== document.body && item.matches('input, button, a, textarea') && !shown)
+                    unseen.push(item.outerHTML.slice(0, 200));
+            }"""
+        )
+    assert (
+        page.evaluate("wanted.filter((item) => !reached.has(item)).map((item) => item.outerHTML.slice(0, 200))") == []
+    )
+    assert page.evaluate("unseen") == []  # where the focus is can be seen
+
+
+def test_the_face_is_moved_with_the_keyboard_alone(visit):
+    page = visit()
+    everything_open(page)
+    before = page.locator("#face img").get_attribute("src")
+    left = page.get_by_role("slider", name="Left")
+    was = float(left.input_value())
+    left.focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    page.get_by_text(say("box_set")).wait_for()
+    assert float(left.input_value()) == was - 2
+    page.wait_for_function("(before) => document.querySelector('#face img').src !== before", arg=before)
+    assert page.get_by_role("radio", name=say("face_hand")).is_checked()
+
+
+DIM_TEXTS = """() => {
+    const numbers = (colour) => { const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+    const over = (top, below) => top.slice(0, 3).map((value, i) => value * top[3] + below[i] * (1 - top[3]));
+    const light = (colour) => colour.map((value) => value / 255)
+        .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = (item) => {
+        const own = item ? numbers(getComputedStyle(item).backgroundColor) : [255, 255, 255, 1];
+        return own[3] === 1 ? own.slice(0, 3) : over(own, behind(item.parentElement));
+    };
+    const dim = [];
+    for (const item of document.querySelectorAll('body *')) {
+        const says = [...item.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) || item.value || item.placeholder;
+        if (!says || item.matches('script, style, [type=range], [type=radio], :disabled') || !item.getClientRects().length
+            || !item.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+        const style = getComputedStyle(item), size = parseFloat(style.fontSize);
+        const back = behind(item), text = over(numbers(style.color), back);
+        const [dark, bright] = [light(back), light(text)].sort((a, b) => a - b);
+        const ratio = (bright + 0.05) / (dark + 0.05), bold = Number(style.fontWeight) >= 700;
+        if (ratio < (size >= 24 || (bold && size >= 18.66) ? 3 : 4.5))
+            dim.push(`${(item.innerText || item.value || item.placeholder).slice(0, 40)}: ${ratio.toFixed(2)}, `
+                + `${style.color} on ${back.map(Math.round)}`);
+    }
+    return dim;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_what_is_behind_them(visit, scheme):
+    """By the measure of WCAG 2: 4.5 to 1, for large texts 3 to 1."""
+    page = visit(color_scheme=scheme)
+    assert page.evaluate(DIM_TEXTS) == []
+    everything_open(page)
+    snap(page, f"{scheme}-open")
+    assert page.evaluate(DIM_TEXTS) == []
+    page.get_by_role("tab", name="Batch").click()
+    page.locator("#portraits").wait_for()
+    assert page.evaluate(DIM_TEXTS) == []
