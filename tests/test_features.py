@@ -86,7 +86,7 @@ def test_a_sound_that_became_shorter_is_no_cache_entry(sound, tmp_path):
 
 def test_a_disk_that_refuses_is_one_sentence(sound, tmp_path):
     sound(STRETCH)
-    with pytest.raises(UserError, match="too long.*--cache_dir"):
+    with pytest.raises(UserError, match=r"too long.*--cache_dir"):
         make_features(tmp_path / "a.mp4", Stretched(), 20, tmp_path / f"{'a' * 300}.safetensors")
     assert not list(tmp_path.iterdir())
 
