@@ -92,7 +92,7 @@ def start(arguments, cwd, launcher=(), **environment):
 def finish(process, cwd):
     """Waits for the end and gives what was printed."""
     try:
-        process.wait(timeout=120)
+        process.wait(timeout=300)
     finally:
         process.kill()  # nothing happens to one that has ended
     printed = (cwd / "printed.txt").read_text()
