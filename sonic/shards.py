@@ -6,7 +6,7 @@ FOLDER/shard-000000.tar    of each clip, under one key:
     KEY.boxes.npy             float32 [T, 4], pixels of the video
     KEY.landmarks.npy         float32 [T, 68, 2]
     KEY.features.safetensors  fp16 [2 * ticks, layers, width], those that windows of the clip reach to
-    KEY.latents.PART.safetensors, KEY.mirrored.PART.safetensors   cached latents, if they were asked for (`latents`)
+    KEY.latents.PART.safetensors, KEY.mirrored.PART.safetensors   if asked for: cached latents, a minute of the clip in each
 FOLDER/shard-000000.json   what the tar was made of: it is not made again as long as that is the same
 """
 
