@@ -2,14 +2,17 @@
 
     python benchmarks/preparation.py --video VIDEO --seconds 60           # that video looped to a minute
     python benchmarks/preparation.py --video VIDEO --seconds 3600         # an hour of it: what grows with a file's length
+    python benchmarks/preparation.py --video VIDEO --seconds 15 --files 12 --num_workers 1 2      # the whole command
 
-Measures one file as a worker does (all steps, without Whisper and latents). Times are CPU seconds of this process, so that
-another program on the machine changes them little; two workers on two cores do twice as much per second.
+Measures one file as a worker does (all steps, without Whisper and latents), in CPU seconds of this process, so that another
+program on the machine changes them little. With --files it is the command over so many such files, by the clock.
 """
 
 from __future__ import annotations
 
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +35,8 @@ from sonic.pieces import Screening
 from sonic.track_cache import save_measured
 from sonic.workers import be_a_worker
 
+ROOT = Path(__file__).resolve().parent.parent
+
 # What is timed: the part's name, where the function lies, and its name. Inner parts are taken from outer ones.
 PARTS = (
     ("decode and shrink", VideoReader, "_show"),
@@ -53,7 +58,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=60, help="how long it is made by looping (default: %(default)s)"
     )
+    parser.add_argument(
+        "--files", type=int, default=0, help="copies of it to prepare by the command (default: look into one alone)"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, nargs="+", default=[1, 2], help="of the command, each in turn (default: %(default)s)"
+    )
     flags = parser.parse_args(arguments)
+    if flags.files:
+        return time_command(Path(flags.video), flags.seconds, flags.files, flags.num_workers)
     be_a_worker()
     with tempfile.TemporaryDirectory() as folder:
         path = loop(Path(flags.video), Path(folder) / "long.mkv", flags.seconds)
@@ -89,6 +102,28 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"features, and with --cache_latents {latents:.0f} MB more (SVD's latents of 512 x 512 and CLIP's embeddings)"
     )
+
+
+def time_command(video: Path, seconds: float, files: int, workers: list[int]) -> None:
+    """Prints what `python -m sonic.prepare` takes over copies of a video, and what a second call takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        videos = Path(folder) / "videos"
+        videos.mkdir()
+        first = loop(video, videos / "0.mkv", seconds)
+        for number in range(1, files):
+            shutil.copy(first, videos / f"{number}.mkv")
+        for count in workers:
+            command = [sys.executable, "-m", "sonic.prepare", "--data_root", videos, "--num_workers", str(count)]
+            times = []
+            for _ in range(2):
+                begin = time.perf_counter()
+                subprocess.run(
+                    [*command, "--cache_dir", f"{folder}/{count}"], cwd=ROOT, check=True, capture_output=True
+                )
+                times.append(time.perf_counter() - begin)
+            print(
+                f"--num_workers {count}: {times[0]:.1f} s for {files} x {seconds:g} s; a second call {times[1]:.1f} s"
+            )
 
 
 def loop(video: Path, target: Path, seconds: float) -> Path:

@@ -28,6 +28,7 @@ from sonic.track_cache import load_measured, make_folder, write_whole
 from sonic.workers import in_workers
 
 EXAMPLES = 50  # of kept pieces, and as many of dropped ones
+MANY = 10  # examples whose drawing takes longer than the start of processes
 PICTURES = 6  # of an example
 PICTURE_SIDE = 144  # pixels, the longer one
 JPEG_QUALITY = 70
@@ -221,8 +222,10 @@ def _examples(
     """The examples of each side, in the order of its pieces. A file that kills the process that draws it is told as well."""
     chosen = [piece for some in sides.values() for piece in some]
     shown = [Example(piece, trouble="killed the process that drew it") for piece in chosen]
+    tasks = [(piece, data_root, tracks) for piece in chosen]
+    helpers = num_workers if sum(piece.num_ticks > 0 for piece in chosen) >= MANY else 0
     with tqdm(total=len(chosen), desc="report", unit="piece", disable=None if progress else True) as bar:
-        for number, drawn, _ in in_workers(_draw, [(piece, data_root, tracks) for piece in chosen], num_workers):
+        for number, drawn, _ in in_workers(_draw, tasks, helpers):
             shown[number] = drawn or shown[number]
             bar.update()
     return {side: [shown.pop(0) for _ in some] for side, some in sides.items()}

@@ -6,7 +6,7 @@ FOLDER/shard-000000.tar    of each clip, under one key:
     KEY.boxes.npy             float32 [T, 4], pixels of the video
     KEY.landmarks.npy         float32 [T, 68, 2]
     KEY.features.safetensors  fp16 [2 * ticks, layers, width], those that windows of the clip reach to
-    KEY.latents.PART.safetensors, KEY.mirrored.PART.safetensors   cached latents, if they were asked for (`latents`)
+    KEY.latents.PART.safetensors, KEY.mirrored.PART.safetensors   if asked for: cached latents, a minute of the clip in each
 FOLDER/shard-000000.json   what the tar was made of: it is not made again as long as that is the same
 """
 
@@ -74,7 +74,8 @@ def export_shards(
 
 def _write_shard(path: Path, clips: Sequence[Clip], extractor_name: str, latents: Path | None) -> list[tuple[str, str]]:
     kinds = {"version": VERSION, "extractor": extractor_name, "latents": latents and latents.name}
-    made_of = kinds | {"clips": [_identity(clip) for clip in clips]}
+    encoded = [sum(path.exists() for path in _latents(clip, latents).values()) for clip in clips] if latents else []
+    made_of = kinds | {"clips": [_identity(clip) for clip in clips], "encoded": encoded}
     listing = path.with_suffix(".json")
     if path.exists() and (before := _read_listing(listing)) and before["made_of"] == made_of:
         return [(name, reason) for name, reason in before["left_out"]]
@@ -125,7 +126,7 @@ def _read_listing(path: Path) -> dict | None:
 
 def _members(clip: Clip, kinds: dict, latents: Path | None, scratch: Path) -> dict[str, bytes]:
     """The files of a clip by their endings. In its stretch the clip begins at tick 0."""
-    encoded = _latents(clip, latents) if latents else {}
+    encoded = {ending: _read(path) for ending, path in _latents(clip, latents).items()} if latents else {}
     video, late = _stretch(clip, scratch)
     first, features = _features(clip)
     facts = (
@@ -151,14 +152,13 @@ def _members(clip: Clip, kinds: dict, latents: Path | None, scratch: Path) -> di
     }
 
 
-def _latents(clip: Clip, folder: Path) -> dict[str, bytes]:
-    """The files of a clip's latents by their endings, those of mirror images if they are there. UserError: none."""
-    files = {}
-    for part in latent_parts(clip):
-        files[LATENTS[False].format(part)] = _read(folder / latent_name(clip, part, False))
-        if (mirrored := folder / latent_name(clip, part, True)).exists():
-            files[LATENTS[True].format(part)] = _read(mirrored)
-    return files
+def _latents(clip: Clip, folder: Path) -> dict[str, Path]:
+    """The files of a clip's latents by their endings: those of its pictures, and of mirror images if they are there."""
+    kinds = {
+        LATENTS[kind].format(part): latent_name(clip, part, kind) for kind in LATENTS for part in latent_parts(clip)
+    }
+    files = {ending: folder / name for ending, name in kinds.items()}
+    return {ending: path for ending, path in files.items() if path.exists() or not ending.startswith("mirrored")}
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -114,7 +114,7 @@ class Validation:
         truth = to_pictures(samples.frames(0))
         first, last = int(sample["ticks"][0]), int(sample["ticks"][-1]) + self.settings.frame_step
         first, last = first - clip.offset, last - clip.offset  # where these pictures are heard
-        speech = sound.load_audio(clip.path)[first * SAMPLES_PER_TICK : last * SAMPLES_PER_TICK]
+        (speech,) = sound.audio_stretches(clip.path, [(first * SAMPLES_PER_TICK, last * SAMPLES_PER_TICK)])
         beside = np.concatenate([truth, made], axis=2)
         media.save_video(beside, path, fps, speech)
         for tracker in trackers:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+import sonic.data_report
 from sonic.config import UserError
 from sonic.data_report import PICTURE_SIDE, choose, example, histogram, summary, write_report
 from sonic.faces import landmark_box
@@ -170,6 +171,19 @@ def test_the_page_is_one_file_that_no_name_can_harm(tmp_path):
     assert "\u202e" not in content and "\\n 😀 \\u202e\\udcff.mp4" in "".join(page.texts)
     listed = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {row["video"] for row in listed["dropped_pieces"]} == {name, WILD}
+
+
+def test_workers_draw_the_same_page_and_one_that_dies_is_told(tmp_path, monkeypatch):
+    shutil.copy(DATA / CLIP, tmp_path)
+    pieces = [kept(CLIP, start=start, ticks=20) for start in (0, 20, 40)] + [dropped(CLIP, ticks=30), broken()]
+    pages = []
+    monkeypatch.setattr(sonic.data_report, "MANY", 4)
+    for num_workers in (0, 2):
+        pages.append(write_report(pieces, Screening(), tmp_path, tmp_path, num_workers, progress=False).read_text())
+    assert pages[0] == pages[1] and pages[0].count("data:image/jpeg") == 4
+    monkeypatch.setattr(sonic.data_report, "in_workers", lambda *_: iter([(3, None, True)]))
+    page = write_report(pieces, Screening(), tmp_path, tmp_path, 2, progress=False).read_text()
+    assert page.partition("Dropped pieces")[2].count("killed the process that drew it") == 2
 
 
 def test_text_spells_out_what_cannot_be_printed():

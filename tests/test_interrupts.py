@@ -11,7 +11,7 @@ from conftest import EXAMPLES, ROOT, voice
 
 import sonic_demo
 import sonic_training
-from sonic import media, prepare
+from sonic import media, workers
 from sonic.flags import run
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -80,7 +80,7 @@ def test_training_before_its_loop(tiny, clips, tmp_path, monkeypatch, capsys, nu
 
 def test_workers_of_a_stopped_preparation_end_at_once():
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), prepare._pool(1) as pool:
+    with pytest.raises(KeyboardInterrupt), workers._Pool(1) as pool:
         job = pool.submit(time.sleep, 300)
         while not job.running():
             time.sleep(0.05)

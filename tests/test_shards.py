@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from sonic import shards
 from sonic.clips import Clip
 from sonic.config import UserError
-from sonic.dataset import SonicDataset
+from sonic.dataset import SonicDataset, latent_name
 from sonic.faces import landmark_box
 from sonic.media import VideoReader
 from sonic.shard_stream import Reader, ShardStream, read_shards, shard_list, shuffled, stream_loader, unpack
@@ -163,12 +163,17 @@ def test_a_second_export_makes_only_what_has_changed(clips, exported, monkeypatc
         export_shards(clips[:2], EARS, exported, 3, Share(), progress=False)
 
 
-def test_latents_that_are_not_there_are_told(clips, tmp_path):
+def test_latents_that_are_not_there_are_told_and_taken_when_they_are(clips, tmp_path):
     with pytest.raises(UserError, match="is no folder of latents"):
         export_shards(clips, EARS, tmp_path / "out", 3, Share(), tmp_path / "none", progress=False)
     (tmp_path / "empty").mkdir()
     left_out = export_shards(clips[:1], EARS, tmp_path / "out", 3, Share(), tmp_path / "empty", progress=False)
     assert [name for name, _ in left_out] == [clips[0].name] and "cannot be read" in left_out[0][1]
+    for kind in (False, True):
+        (tmp_path / "empty" / latent_name(clips[0], 0, kind)).write_text(f"latents {kind}")
+    assert not export_shards(clips[:1], EARS, tmp_path / "out", 3, Share(), tmp_path / "empty", progress=False)
+    (packed,) = packed_clips(tmp_path / "out")
+    assert packed["latents.0.safetensors"] == b"latents False" and packed["mirrored.0.safetensors"] == b"latents True"
 
 
 def test_processes_share_the_shards_and_a_clip_that_is_gone_is_named(clips, tmp_path):
