@@ -12,10 +12,10 @@ import torch
 from conftest import EXAMPLES, voice
 
 from sonic import unfinished
-from sonic.animator import Animator, Progress, Told, decode_pieces, duration, to_pictures
+from sonic.animator import DECODE_OVERLAP, Animator, Progress, Told, decode_pieces, duration, to_pictures
 from sonic.config import SonicConfig, UserError
 from sonic.media import VideoReader
-from sonic.metrics import frame_differences
+from sonic.metrics import find_seams, frame_differences
 from sonic.pipeline import SonicPipeline
 
 PORTRAIT = EXAMPLES / "portrait.jpg"
@@ -59,24 +59,33 @@ def test_chunks_fade_into_each_other(pipeline, monkeypatch):
 
 
 def test_no_brightness_strobe_at_chunk_borders():
-    """A still face decoded by the shipped VAE: brightness steps at the borders of plain chunks, not where they fade."""
-    mini = SonicPipeline(SonicConfig(device="cpu"))
-    animator = mini.animator
+    """An example clip decoded by the shipped VAE, in chunks that fade into each other, in plain ones, and at once.
+
+    How much a picture differs from the next at a border says little: where somebody happens to move there, the seam measure is
+    up to 1.3 without any chunks. So both measures are held against those of the same frames decoded at once; docs/inference.md
+    has them for several clips.
+    """
+    animator = SonicPipeline(SonicConfig(device="cpu")).animator
     with torch.inference_mode(), VideoReader(EXAMPLES / "clips/puppet_0000.mp4") as reader:
-        pictures = np.stack([picture for _, picture in reader.frames(range(28), max_side=128)])
+        pictures = np.stack([picture for _, picture in reader.frames(range(23), max_side=128)])
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         assert pixels.shape[-2:] == (128, 128)
         latents = torch.cat([animator.base.latents(picture[None]) for picture in pixels])
         latents = latents * animator.base.vae.config.scaling_factor
-        steps = {}
-        for overlap in (0, 3):
-            made = to_pictures(torch.cat(list(animator.decode_pixels(latents, 8, overlap))))
-            brightness = np.abs(np.diff(made.mean((1, 2, 3))))
-            period = 8 - overlap
-            at = brightness[period - 1 :: period]
-            steps[overlap] = at.mean() / np.delete(brightness, np.s_[period - 1 :: period]).mean()
-            assert frame_differences(made).max() < 8
-    assert steps[0] > 2 and steps[3] < 1.3, steps
+        whole, plain, faded = (
+            to_pictures(torch.cat(list(animator.decode_pixels(latents, chunk, overlap))))
+            for chunk, overlap in ((23, 0), (8, 0), (8, DECODE_OVERLAP))
+        )
+
+    def strobe(made):
+        """The largest step of the brightness from one frame to the next, of 255, beyond that of the whole."""
+        return np.abs(np.diff(made.mean((1, 2, 3)) - whole.mean((1, 2, 3)))).max()
+
+    def seam(made, period):
+        return find_seams(frame_differences(made), period).ratios[0]
+
+    assert strobe(plain) > 0.15 and strobe(faded) < 0.1
+    assert seam(faded, 8 - DECODE_OVERLAP) < 1.1 * seam(whole, 8 - DECODE_OVERLAP)
 
 
 def test_latents_of_a_long_video_stay_where_they_are_put(pipeline, speech):
