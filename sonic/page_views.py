@@ -35,6 +35,7 @@ CONTRAST = {
 
 CSS = """
 .gradio-container, .gradio-container > main, main.app { max-width: 1180px !important; width: 100%; margin: 0 auto !important; }
+.dark .gradio-container { --color-accent: var(--primary-400); }
 footer .divider { display: none; }
 #head { align-items: center; gap: 12px; }
 #head h1 { margin: 0; font-size: 1.7rem; line-height: 1.2; }
@@ -66,6 +67,7 @@ footer .divider { display: none; }
 .jobs + .note { margin-top: 10px; }
 .note { color: var(--body-text-color-subdued); padding: 0 2px; }
 #animate, #make_all, #cancel, #cancel_batch { min-height: 48px; }
+#speech time, #speech .playback, #speech .playback * { color: var(--body-text-color-subdued) !important; }
 #face .image-container { height: calc(100% - 41px); }
 #plot img { padding-top: 44px; }
 #beside video { padding-top: 40px; }
@@ -99,8 +101,14 @@ SWITCH_LANGUAGE = f"""async (language) => {{
   return [language];
 }}"""
 # A browser's sign for a picture that it cannot show is none of ours: TIFF is read here all the same, and a broken file is told.
-UNSHOWN = """() => {
-  const mark = (visibility) => (event) => { if (event.target.tagName === "IMG") event.target.style.visibility = visibility; };
+# And the button around the view of the face gets a name, which gradio has none for.
+PICTURES = """() => {
+  const mark = (visibility) => (event) => {
+    if (event.target.tagName !== "IMG") return;
+    event.target.style.visibility = visibility;
+    const name = document.querySelector("#face label")?.innerText.trim();
+    event.target.closest("#face button")?.setAttribute("aria-label", name);
+  };
   document.addEventListener("error", mark("hidden"), true);
   document.addEventListener("load", mark("visible"), true);
 }"""
