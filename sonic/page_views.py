@@ -21,8 +21,10 @@ FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 
 # Texts of gradio's theme that stand out too little from what is behind them: WCAG asks for 4.5 to 1.
 CONTRAST = {
+    "background_fill_primary": "*neutral_50",  # the theme's own, which `set` forgets
     "body_text_color_subdued": "*neutral_500",
     "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
     "block_label_text_color": "*primary_700",
     "block_title_text_color": "*primary_700",
     "color_accent": "*primary_600",

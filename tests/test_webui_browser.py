@@ -297,7 +297,8 @@ DIM_TEXTS = """() => {
         const says = [...item.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) || item.value || item.placeholder;
         if (!says || item.matches('script, style, [type=range], [type=radio], :disabled') || !item.getClientRects().length
             || !item.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
-        const style = getComputedStyle(item), size = parseFloat(style.fontSize);
+        const empty = item.placeholder && !item.value;
+        const style = getComputedStyle(item, empty ? '::placeholder' : null), size = parseFloat(style.fontSize);
         const back = behind(item), text = over(numbers(style.color), back);
         const [dark, bright] = [light(back), light(text)].sort((a, b) => a - b);
         const ratio = (bright + 0.05) / (dark + 0.05), bold = Number(style.fontWeight) >= 700;
