@@ -106,7 +106,8 @@ def _portrait(path: Path, max_pixels: int) -> np.ndarray:
 
 
 def _work(connection: Connection, read: Callable, path: Path, arguments: tuple) -> None:
-    """In the process of its own."""
+    """In the process of its own, which the page ends: Ctrl-C in its terminal reaches this one too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit()
     try:
         value = read(path, *arguments)

@@ -24,7 +24,7 @@ CONTRAST = {
     "background_fill_primary": "*neutral_50",  # the theme's own, which `set` forgets
     "body_text_color_subdued": "*neutral_500",
     "input_placeholder_color": "*neutral_500",
-    "input_placeholder_color_dark": "*neutral_400",
+    "input_placeholder_color_dark": "*neutral_300",
     "block_label_text_color": "*primary_700",
     "block_title_text_color": "*primary_700",
     "color_accent": "*primary_600",
@@ -63,6 +63,7 @@ footer .divider { display: none; }
 .card.bad { border-color: var(--error-border-color, #ef4444); }
 .jobs { overflow-x: auto; }
 .jobs table { width: 100%; border-collapse: collapse; }
+.jobs table, .jobs tr { border: none !important; }
 .jobs th, .jobs td { text-align: left; padding: 6px 10px; border: none !important; overflow-wrap: anywhere;
                      border-bottom: 1px solid var(--border-color-primary) !important; }
 .jobs td.number { font-variant-numeric: tabular-nums; width: 3em; }

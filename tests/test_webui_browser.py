@@ -96,7 +96,7 @@ def snap(page, name: str, whole: bool = True) -> None:
     folder = os.environ.get("SONIC_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        shot.save(Path(folder, f"{name}.jpg"), quality=78, optimize=True)
+        shot.save(Path(folder, f"{name}.jpg"), quality=74, optimize=True)
 
 
 def give(page, where: str, file: Path) -> None:
