@@ -59,7 +59,8 @@ footer .divider { display: none; }
 .card .detail { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; margin-top: 2px; }
 .card .bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); margin-top: 10px; overflow: hidden; }
 .card .bar div { height: 100%; border-radius: 4px; background: var(--color-accent); transition: width .3s linear; }
-.card.quiet { color: var(--body-text-color-subdued); justify-content: center; text-align: center; }
+.card.quiet { color: var(--body-text-color-subdued); justify-content: center; text-align: center;
+              text-wrap: balance; }
 .card.bad { border-color: var(--error-border-color, #ef4444); }
 .jobs { overflow-x: auto; }
 .jobs table { width: 100%; border-collapse: collapse; }

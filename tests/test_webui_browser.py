@@ -164,6 +164,7 @@ def test_from_a_portrait_and_a_voice_to_a_video(visit, folder):
     page.get_by_role("button", name=say("animate", "zh-CN")).wait_for()
     page.get_by_text(say("face_found", "zh-CN")).wait_for()
     page.get_by_role("tab", name=say("tab_batch", "zh-CN")).wait_for()
+    playwright.expect(card(page)).to_contain_text("20 帧，25 帧/秒")
     assert page.locator("#history img").count() == 1  # what was made stays
     page.reload()
     page.get_by_role("button", name=say("animate", "zh-CN")).wait_for()  # and the choice is remembered
