@@ -1,9 +1,9 @@
 """Files of strangers are decoded in a process of their own: what kills the decoder does not kill the page.
 
 A helper process that holds the decoders and nothing else (no model, no socket, no visitor) is forked for each file, with
-limits of time and memory (and with the top lines of the script that was called, which `sonic_demo.py` keeps light: multiprocessing
-runs them again in each). What it sends back are numbers and text, never objects: a decoder that was taken over can lie
-about the file, and no more.
+limits of time and memory. It answers with numbers and text, never with objects. It is no sandbox: it runs as the same user.
+
+multiprocessing runs the top lines of the script that was called again in each such process; those of `sonic_demo.py` are light.
 """
 
 from __future__ import annotations
