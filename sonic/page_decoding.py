@@ -1,8 +1,9 @@
 """Files of strangers are decoded in a process of their own: what kills the decoder does not kill the page.
 
 A helper process that holds the decoders and nothing else (no model, no socket, no visitor) is forked for each file, with
-limits of time and memory. What it sends back are numbers and text, never objects: a decoder that was taken over can lie
-about the file, and no more.
+limits of time and memory. It answers with numbers and text, never with objects. It is no sandbox: it runs as the same user.
+
+multiprocessing runs the top lines of the script that was called again in each such process; those of `sonic_demo.py` are light.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def _portrait(path: Path, max_pixels: int) -> np.ndarray:
 
 
 def _work(connection: Connection, read: Callable, path: Path, arguments: tuple) -> None:
-    """In the process of its own."""
+    """In the process of its own, which the page ends: Ctrl-C in its terminal reaches this one too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit()
     try:
         value = read(path, *arguments)

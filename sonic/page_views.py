@@ -21,8 +21,10 @@ FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 
 # Texts of gradio's theme that stand out too little from what is behind them: WCAG asks for 4.5 to 1.
 CONTRAST = {
+    "background_fill_primary": "*neutral_50",  # the theme's own, which `set` forgets
     "body_text_color_subdued": "*neutral_500",
     "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_300",
     "block_label_text_color": "*primary_700",
     "block_title_text_color": "*primary_700",
     "color_accent": "*primary_600",
@@ -35,6 +37,7 @@ CONTRAST = {
 
 CSS = """
 .gradio-container, .gradio-container > main, main.app { max-width: 1180px !important; width: 100%; margin: 0 auto !important; }
+.dark .gradio-container { --color-accent: var(--primary-400); }
 footer .divider { display: none; }
 #head { align-items: center; gap: 12px; }
 #head h1 { margin: 0; font-size: 1.7rem; line-height: 1.2; }
@@ -56,16 +59,19 @@ footer .divider { display: none; }
 .card .detail { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; margin-top: 2px; }
 .card .bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); margin-top: 10px; overflow: hidden; }
 .card .bar div { height: 100%; border-radius: 4px; background: var(--color-accent); transition: width .3s linear; }
-.card.quiet { color: var(--body-text-color-subdued); justify-content: center; text-align: center; }
+.card.quiet { color: var(--body-text-color-subdued); justify-content: center; text-align: center;
+              text-wrap: balance; }
 .card.bad { border-color: var(--error-border-color, #ef4444); }
 .jobs { overflow-x: auto; }
 .jobs table { width: 100%; border-collapse: collapse; }
+.jobs table, .jobs tr { border: none !important; }
 .jobs th, .jobs td { text-align: left; padding: 6px 10px; border: none !important; overflow-wrap: anywhere;
                      border-bottom: 1px solid var(--border-color-primary) !important; }
 .jobs td.number { font-variant-numeric: tabular-nums; width: 3em; }
 .jobs + .note { margin-top: 10px; }
 .note { color: var(--body-text-color-subdued); padding: 0 2px; }
 #animate, #make_all, #cancel, #cancel_batch { min-height: 48px; }
+#speech time, #speech .playback, #speech .playback * { color: var(--body-text-color-subdued) !important; }
 #face .image-container { height: calc(100% - 41px); }
 #plot img { padding-top: 44px; }
 #beside video { padding-top: 40px; }
@@ -99,8 +105,14 @@ SWITCH_LANGUAGE = f"""async (language) => {{
   return [language];
 }}"""
 # A browser's sign for a picture that it cannot show is none of ours: TIFF is read here all the same, and a broken file is told.
-UNSHOWN = """() => {
-  const mark = (visibility) => (event) => { if (event.target.tagName === "IMG") event.target.style.visibility = visibility; };
+# And the button around the view of the face gets a name, which gradio has none for.
+PICTURES = """() => {
+  const mark = (visibility) => (event) => {
+    if (event.target.tagName !== "IMG") return;
+    event.target.style.visibility = visibility;
+    const name = document.querySelector("#face label")?.innerText.trim();
+    event.target.closest("#face button")?.setAttribute("aria-label", name);
+  };
   document.addEventListener("error", mark("hidden"), true);
   document.addEventListener("load", mark("visible"), true);
 }"""

@@ -29,7 +29,7 @@ from sonic.page_jobs import Workshop
 from sonic.page_layout import JOBS, LOOKS_WAITING, QUICK, batch_tab, one_video
 from sonic.page_limits import Limits, Store, accounts, is_open_to_strangers, resolve
 from sonic.page_text import ENGLISH, LANGUAGES, label, say, translations
-from sonic.page_views import CONTRAST, CSS, FIRST_LANGUAGE, FONT, MONO, SWITCH_LANGUAGE, UNSHOWN, quiet_card
+from sonic.page_views import CONTRAST, CSS, FIRST_LANGUAGE, FONT, MONO, PICTURES, SWITCH_LANGUAGE, quiet_card
 from sonic.pipeline import SonicPipeline
 
 SESSIONS = 500  # visitors whose history is remembered; the one who was away longest is forgotten first
@@ -103,7 +103,7 @@ def build(pipeline: SonicPipeline, limits: Limits | None = None, folder: Path | 
             [first.status, one, batch],
             **QUICK,
         )
-        blocks.load(None, None, None, js=UNSHOWN)
+        blocks.load(None, None, None, js=PICTURES)
         language.input(_tab_names, language, [one, batch], js=SWITCH_LANGUAGE, **QUICK)
     # api_open: a plain POST would go past the queue.
     blocks.queue(max_size=limits.max_waiting + LOOKS_WAITING, api_open=False)
