@@ -13,7 +13,7 @@ from sonic.flags import Parser
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")] if path.name != "SPEC.md")
 # Flags of other programs, and of our own that only developers call (scripts/, benchmarks/).
 FOREIGN = {"--local-dir", "--include", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
-FOREIGN |= {"--main_process_port", "--config_file", "--untrained", "--interval", "--calls"}
+FOREIGN |= {"--main_process_port", "--multi_gpu", "--config_file", "--untrained", "--interval", "--calls", "--files"}
 OWN_TOOLS = r"(python|\.venv/bin/python) (benchmarks|scripts)/\w+\.py|build_mini|tests/"
 
 
