@@ -78,8 +78,11 @@ def prepare(
     syncnet = _syncnet(screening.syncnet_path, cache_dir) if screening.syncnet_path else None
     own = share.of(videos)
     entries, failed = _measure_all(data_root, own, tracks, num_workers, progress, data.report)
-    questions = {name: functools.partial(syncnet, data_root / name) if syncnet else None for name in own}
-    tasks = [(name, entries.get(name), failed.get(name), screening, needed, questions[name]) for name in own]
+    asked = [functools.partial(syncnet, data_root / name) if syncnet else None for name in own]
+    tasks = [
+        (name, entries.get(name), failed.get(name), screening, needed, network)
+        for name, network in zip(own, asked, strict=True)
+    ]
     outcomes = _judge_all(tasks, 0 if syncnet else num_workers, progress)
     if extractor:
         _listen_all(data_root, outcomes, extractor, features, progress, data.report)
