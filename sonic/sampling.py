@@ -59,8 +59,8 @@ def in_interval(sigma: float, interval: tuple[float, float] | None) -> bool:
 
 
 def euler_step(x: Tensor, x0: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """One Euler step of dx/dsigma = (x - x0)/sigma."""
-    return x + (x - x0) / sigma * (next_sigma - sigma)
+    """One Euler step of dx/dsigma = (x - x0)/sigma, written so that at high noise no large number is taken from another."""
+    return x0 + (x - x0) * (next_sigma / sigma)
 
 
 def two_step(x: Tensor, x0: Tensor, last_x0: Tensor, last_sigma: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:

@@ -56,6 +56,15 @@ def test_euler_step_is_the_schedulers():
         x = expected
 
 
+def test_euler_step_loses_no_digits_at_high_noise():
+    """From the highest level to almost none, where x is a thousand times what is left of it."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 1000, generator=generator)
+    x, sigmas = x0 + 700 * noise, torch.tensor([700.0, 0.002])
+    expected = euler_step(x.double(), x0.double(), *sigmas.double())
+    assert (euler_step(x, x0, *sigmas) - expected).abs().max() < 1e-6
+
+
 def exact(target):
     """Branches whose guided velocity always points at `target`, so that sampling must end there."""
 
