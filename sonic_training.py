@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from sonic.animator import Animator
 from sonic.audio import load_extractor
+from sonic.blocks import require_compiler
 from sonic.checkpoints import Checkpoint, LazyWhisper, load_base, training_checkpoints
 from sonic.clips import Clip, hold_out
 from sonic.config import UserError
@@ -178,6 +179,7 @@ class Run:
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         if config.compile:
+            require_compiler(accelerator.device)
             model.unet.compile()
         trainable = list(self.trained.parameters.values())
         count = sum(parameter.numel() for parameter in trainable)

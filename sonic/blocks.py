@@ -19,6 +19,8 @@ from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
 from einops import rearrange
 from torch import Tensor, nn
 
+from sonic.config import UserError
+
 
 def plus(fresh: Tensor, other: Tensor) -> Tensor:
     """fresh + other, written into `fresh`, a tensor that nobody else holds, unless a gradient may be asked for."""
@@ -144,8 +146,26 @@ def lay_out(unet: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
+def require_compiler(device: torch.device) -> None:
+    """UserError where torch.compile cannot work on a CPU, which would be known only after the first step's minutes."""
+    from torch._inductor import cpp_builder, exc  # takes a second to import
+
+    if device.type != "cpu":
+        return
+    if " " in torch.__path__[0]:
+        raise UserError(f"torch.compile cannot work in a path with a space, {torch.__path__[0]}: leave --compile away")
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise UserError("--compile needs a C++ compiler: apt-get install g++, or leave --compile away") from None
+
+
 def compile_unet(unet: nn.Module, device: torch.device) -> None:
-    """torch.compile in place. On a GPU calls are replayed as CUDA graphs; on a CPU weights are packed for its matrix kernels."""
+    """torch.compile in place. On a GPU calls are replayed as CUDA graphs; on a CPU weights are packed for its matrix kernels.
+
+    UserError: it cannot work here.
+    """
+    require_compiler(device)
     if device.type == "cuda":
         unet.compile(mode="reduce-overhead", dynamic=False)
     else:

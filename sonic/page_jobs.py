@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -167,7 +168,7 @@ class Workshop:
 
     def __init__(self, pipeline: SonicPipeline, new_folder: Callable[[], Path]):
         self.pipeline, self.pace = pipeline, Pace()
-        self._new_folder, self._bench = new_folder, threading.Lock()
+        self._new_folder, self._bench, self._closed = new_folder, threading.Lock(), False
         self._jobs: set[Job] = set()
 
     def start(self, order: Order) -> Job:
@@ -178,11 +179,14 @@ class Workshop:
         return job
 
     def close(self) -> None:
-        """Ends all jobs, and returns when the pipeline is free."""
+        """Ends all jobs and a trial, and returns when the pipeline is free: a thread within torch would abort the process."""
+        self._closed = True
         for job in list(self._jobs):
             job.cancel()
         for job in list(self._jobs):
             job.finished.wait(60)
+        if self._bench.acquire(timeout=60):
+            self._bench.release()
 
     def _work(self, job: Job) -> None:
         try:
@@ -243,13 +247,17 @@ class Workshop:
             return
         settings = self.pipeline.settings
         silence = np.zeros(int(settings.num_frames * settings.frame_step / TICK_RATE * SAMPLE_RATE), np.float32)
-        with self._bench:
-            features, clock = self.pipeline.extract_audio_features(silence), Clock()
+        with self._bench, contextlib.suppress(Cancelled):
+            features, clock = self.pipeline.extract_audio_features(silence), Clock(lambda progress: self._check_open())
             picture, steps = Image.new("RGB", (256, 256), "gray"), 3  # the first one warms up
             video = self.pipeline.generate(
                 picture, features, face_box=FULL, on_progress=clock, num_inference_steps=steps
             )
             self.pace.learn(clock, len(video), video.frames.shape[1] * video.frames.shape[2])
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Cancelled
 
 
 class Clock:

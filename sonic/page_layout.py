@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import NamedTuple
 
 import gradio as gr
@@ -221,15 +223,19 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
     example.click(lambda: [str(path) for path in EXAMPLE], None, [portrait, speech], **QUICK)
 
     # The video.
-    def wait(language):
+    stopped = set()  # sessions whose last word was Cancel: what a job still tells must not stand over that
+
+    def wait(language, request: gr.Request):
+        stopped.discard(request.session_hash)
         return quiet_card(say("waiting", language)), gr.update(visible=True), gr.update(interactive=False)
 
-    def stop(language):
+    def stop(language, request: gr.Request):
+        stopped.add(request.session_hash)
         return quiet_card(say("cancelled", language)), *_at_rest()
 
-    def make_one(portrait, speech, mode, left, top, right, bottom, language, history, *chosen):
+    def make_one(portrait, speech, mode, left, top, right, bottom, language, history, request: gr.Request, *chosen):
         """Makes the portrait speak, and tells how far it is."""
-        yield from actions.animate(
+        told = actions.animate(
             portrait,
             speech,
             (mode, left, top, right, bottom),
@@ -237,6 +243,8 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
             language,
             history,
         )
+        with contextlib.closing(told):  # a job that nobody follows ends
+            yield from itertools.takewhile(lambda _: request.session_hash not in stopped, told)
 
     made = [video, get_video, get_settings, settings, result]
     begun = button.click(wait, language, [status, cancel, button], **QUICK)

@@ -275,7 +275,8 @@ def test_preparation_is_shared_too(tiny, videos, tmp_path, monkeypatch):
     for path in (tmp_path / "cache/tracks").glob("b-*"):  # one process's disk is not the other's
         path.unlink()
     keys = {"a.mp4": "a", "b.mp4": "b", "c.mp4": "c"}
-    outcome = [(name, key, [piece for piece in one.pieces if piece.video == name]) for name, key in keys.items()]
+    pieces = {name: [piece for piece in one.pieces if piece.video == name] for name in keys}
+    outcome = [(name, (key, 100, pieces[name])) for name, key in keys.items()]
     elsewhere = Share(0, 2, lambda items: outcome if isinstance(items[0], tuple) else items)
     with pytest.raises(UserError, match="give one that all machines see"):
         work(elsewhere)

@@ -19,7 +19,12 @@ PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "dlib": "dlib-bin"
 BY_NAME = {"face_recognition_models", "tensorboard"}
 OPTIONAL = {"bitsandbytes", "torchao"}  # a flag that needs one says how to get it
 WITH_GRADIO = {"anyio", "starlette"}  # what gradio itself is made of
-TOOLS = {"playwright", "pytest", "ruff"}
+TOOLS = {
+    "playwright",
+    "pytest",
+    "ruff",
+    "librosa",
+}  # the last for tests, and for features of one's own as in docs/api.md
 
 # A Python of version 3.{minor} in the folder $FAKES: it answers `-c` truly, and makes environments whose Python is a fake too.
 PYTHON = """#!/bin/sh

@@ -27,7 +27,7 @@ from sonic.checkpoints import create_checkpoint
 from sonic.config import SAMPLE_RATE, PageConfig, SonicConfig, UserError
 from sonic.media import VideoReader, read_metadata, save_video
 from sonic.page_actions import Actions
-from sonic.page_jobs import CHOICES, Cancelled, Made
+from sonic.page_jobs import CHOICES, Cancelled, Made, Workshop
 from sonic.page_limits import Limits, Store, accounts, resolve
 from sonic.page_text import TEXTS, say
 from sonic.pictures import load_image
@@ -272,6 +272,15 @@ def test_a_speech_is_told_its_length_and_time(actions, page, uploaded):
     told = actions.listen(uploaded("speech.wav"), 2, 3, 64, "native", "en")
     assert re.search(r"About \d+ s on this machine", told)
     assert "语音" in actions.listen(uploaded("speech.wav"), 2, 3, 64, "native", "zh-CN")
+
+
+def test_closing_ends_the_trial(page):
+    workshop = Workshop(page.workshop.pipeline, page.store.new)
+    trial = threading.Thread(target=workshop.measure_pace, daemon=True)
+    trial.start()
+    workshop.close()
+    trial.join(20)
+    assert not trial.is_alive() and workshop.pace.seconds(1, 1, 1) is None
 
 
 def test_what_is_asked_for_more_takes_longer(page):
