@@ -14,6 +14,9 @@ import lab
 import lab_claims
 import lab_report
 
+from sonic.checkpoints import open_checkpoint
+from sonic.config import SHIPPED
+
 
 def row(index, r=0.96, seconds=4.0, **numbers):
     """One clip's numbers, with a mouth that follows its own drawn curve and nobody else's."""
@@ -189,3 +192,9 @@ def test_parts_are_switched_off_on_the_same_clips():
     assert everything.startswith("| everything on | 0.900 (0.900 … 0.900) |")
     assert without.startswith("| without ears | 0.500 (0.500 … 0.500) |")
     assert lab_report.ablation_table({"main": rows()}) == []
+
+
+def test_what_asks_for_the_usual_is_not_animated_twice():
+    usual = open_checkpoint(ROOT / SHIPPED).settings
+    same = [one.name for one in lab.experiments([], []) if lab.is_main(one, usual)]
+    assert same == [f"audio guidance {usual.guidance_scale_audio:g}"]
