@@ -148,10 +148,10 @@ def lay_out(unet: nn.Module) -> None:
 
 def require_compiler(device: torch.device) -> None:
     """UserError where torch.compile cannot work on a CPU, which would be known only after the first step's minutes."""
-    from torch._inductor import cpp_builder, exc  # takes a second to import
-
     if device.type != "cpu":
         return
+    from torch._inductor import cpp_builder, exc  # takes a second to import
+
     if " " in torch.__path__[0]:
         raise UserError(f"torch.compile cannot work in a path with a space, {torch.__path__[0]}: leave --compile away")
     try:

@@ -44,10 +44,8 @@ OPTIONAL = {
 }
 LANDMARKS = "shape_predictor_68_face_landmarks.dat"
 LEAST_MEMORY, LEAST_DISK = 1.5, 0.5  # GB: sonic-mini with all libraries takes 1.3 at most; a few videos
-TEST_STEPS, TEST_TICKS = (
-    2,
-    5,
-)  # of the self-test: denoising steps and frames; a laptop is to have it done in five seconds
+# Of the self-test: denoising steps and frames. A laptop is to have it done in five seconds.
+TEST_STEPS, TEST_TICKS = 2, 5
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 COLOURS = {OK: "32", MISSING: "33", BROKEN: "31"}
 

@@ -129,19 +129,16 @@ def _members(clip: Clip, kinds: dict, latents: Path | None, scratch: Path) -> di
     encoded = {ending: _read(path) for ending, path in _latents(clip, latents).items()} if latents else {}
     video, late = _stretch(clip, scratch)
     first, features = _features(clip)
-    facts = (
-        {name: getattr(clip, name) for name in AS_THEY_ARE}
-        | kinds
-        | {
-            "name": clip.name,
-            "start": clip.start,  # on the clock of the whole video
-            "num_ticks": clip.num_ticks,
-            "offset": clip.offset
-            + first
-            - clip.start,  # picture t of the stretch is heard at tick t - offset of its features
-            "late": [late.numerator, late.denominator],
-        }
-    )
+    facts = {name: getattr(clip, name) for name in AS_THEY_ARE} | kinds
+    facts |= {
+        "name": clip.name,
+        "start": clip.start,  # on the clock of the whole video
+        "num_ticks": clip.num_ticks,
+        "offset": clip.offset
+        + first
+        - clip.start,  # picture t of the stretch is heard at tick t - offset of its features
+        "late": [late.numerator, late.denominator],
+    }
     return {
         "json": (json.dumps(facts) + "\n").encode(),
         "mp4": video,
