@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--video", required=True, help="a video with a face and sound")
     parser.add_argument(
-        "--seconds", type=float, default=60, help="how long it is made by looping (default: %(default)s)"
+        "--seconds", type=float, default=60, help="how long it is made at least, in whole laps (default: %(default)s)"
     )
     parser.add_argument(
         "--files", type=int, default=0, help="copies of it to prepare by the command (default: look into one alone)"
@@ -110,6 +110,8 @@ def time_command(video: Path, seconds: float, files: int, workers: list[int]) ->
         videos = Path(folder) / "videos"
         videos.mkdir()
         first = loop(video, videos / "0.mkv", seconds)
+        with VideoReader(first) as reader:
+            length = reader.info.duration
         for number in range(1, files):
             shutil.copy(first, videos / f"{number}.mkv")
         for count in workers:
@@ -122,7 +124,7 @@ def time_command(video: Path, seconds: float, files: int, workers: list[int]) ->
                 )
                 times.append(time.perf_counter() - begin)
             print(
-                f"--num_workers {count}: {times[0]:.1f} s for {files} x {seconds:g} s; a second call {times[1]:.1f} s"
+                f"--num_workers {count}: {times[0]:.1f} s for {files} x {length:.0f} s; a second call {times[1]:.1f} s"
             )
 
 
