@@ -61,7 +61,7 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
             ("audio guidance 0", "audio guidance 10"),
             lambda found: guidance_row(found, settings["guidance_scale_audio"]),
         ),
-        (("long", "long without shift fusion"), shift_rows),
+        (("main", "long", "long without shift fusion"), shift_rows),
     ]
     for needed, make in parts:
         if all(name in results for name in needed):
@@ -124,7 +124,8 @@ def build_note(checkpoint: Path) -> str:
     build = json.loads(path.read_text())
     minutes = {name: round(stage["seconds"] / 60) for name, stage in build.items() if isinstance(stage, dict)}
     stages = ", ".join(f"{name} {time} min" for name, time in minutes.items())
-    return f"seed {build['seed']}; {stages}; {build['machine']}; VAE {build['vae']['psnr_unseen_mean']:.1f} dB on unseen faces"
+    quality = f"VAE {build['vae']['psnr_unseen_mean']:.1f} dB on unseen faces"
+    return "; ".join([f"seed {build['seed']}", stages, build["machine"], quality, *build.get("notes", [])])
 
 
 def ablation_table(results: Results) -> list[str]:

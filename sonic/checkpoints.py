@@ -413,7 +413,9 @@ def create_whisper(folder: Path, preset: Preset) -> None:
     """Writes a Whisper folder with the preset's sizes and random weights; only the encoder is used, so only that is written.
 
     Random weights can carry sound as well as trained ones if they let it through: they are scaled to keep the variance from
-    layer to layer, and the positions are zero, because untrained layers cannot tell them from sound.
+    layer to layer, and the positions are zero, because untrained layers cannot tell them from sound. Nor does attention pass
+    anything on: untrained, it says how much of Whisper's 30 s is silence behind the end, and so moves every feature with the
+    sound's length.
     """
     config = WhisperConfig(**preset.whisper)
     encoder = WhisperEncoder(config)
@@ -422,7 +424,7 @@ def create_whisper(folder: Path, preset: Preset) -> None:
         for name, parameter in encoder.named_parameters():
             if parameter.ndim > 1 and "embed_positions" not in name:
                 # What joins the residual stream is halved: it must not drown the sound that is in there.
-                gain = 0.5 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
+                gain = 0 if name.endswith("out_proj.weight") else 0.5 if name.endswith("fc2.weight") else 1
                 torch.nn.init.normal_(parameter, std=gain * (2 / parameter[0].numel()) ** 0.5)
     config.save_pretrained(folder)
     save_file(

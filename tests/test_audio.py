@@ -80,6 +80,14 @@ def test_hidden_states_begin_with_the_stem_and_end_with_the_norm(whisper):
     assert torch.allclose(last.std(-1, correction=0), torch.ones(50), atol=1e-2)
 
 
+def test_a_fresh_encoder_hears_the_same_in_a_short_and_in_a_long_sound(whisper):
+    """What follows more than the convolutions' reach later changes nothing: sonic-mini is trained on clips of 2.4 s."""
+    speech = noise(30)
+    short, long = whisper(speech[: 16000 * 2]), whisper(speech)
+    assert torch.allclose(short[:-2], long[: len(short) - 2], atol=1e-5)
+    assert not torch.allclose(short[-2:], long[len(short) - 2 : len(short)], atol=1e-2)
+
+
 def test_name_tells_weights_apart(whisper, tiny):
     again = load_whisper(tiny / "whisper")
     assert again.name == whisper.name

@@ -102,6 +102,7 @@ def test_a_good_model_passes_every_bar():
         ("shift fusion leaves no seams", "long", {"seam_near_largest": 1.12}),
         ("shift fusion leaves no seams", "long without shift fusion", {"seam_near": 1.02}),
         ("no drift", "long", {"identity_last": 0.22}),
+        ("30 s of speech do as well as 4 s", "long", {"opening_r": 0.9}),
     ],
 )
 def test_a_bar_that_is_missed_is_reported(claim, experiment, change):
