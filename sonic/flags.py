@@ -416,13 +416,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     def terminate(number, frame):
         raise Terminated("terminated")
 
+    interrupted = False
+
+    def interrupt(number, frame):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, terminate) if in_main else None
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if in_main and signal.getsignal(signal.SIGINT) in (_leave, signal.default_int_handler):
+        signal.signal(signal.SIGINT, interrupt)
     try:
         code = main()
         sys.stdout.flush()
+        if code and interrupted:  # by something on the way that took Ctrl-C for its own failure, as imports in C do
+            raise KeyboardInterrupt
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -438,4 +447,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, before)
+            if signal.getsignal(signal.SIGINT) is interrupt:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(code or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from typing import NamedTuple
 
 import gradio as gr
@@ -32,6 +33,7 @@ QUICK = {
 }
 LATEST = QUICK | {"trigger_mode": "always_last"}  # of a slider's many places, the last one counts
 JOB = {"preprocess": False, "concurrency_id": JOBS, "concurrency_limit": 1}
+LAST_STEP = 10  # seconds that a cancelled job's step may take
 EXAMPLE = (ROOT / "examples/portrait.jpg", ROOT / "examples/audio.wav")
 
 
@@ -224,6 +226,7 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
 
     # The video.
     stopped = set()  # sessions whose last word was Cancel: what a job still tells must not stand over that
+    telling = set()  # sessions whose job has not ended
 
     def wait(language, request: gr.Request):
         stopped.discard(request.session_hash)
@@ -232,6 +235,14 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
     def stop(language, request: gr.Request):
         stopped.add(request.session_hash)
         return quiet_card(say("cancelled", language)), *_at_rest()
+
+    def stay_stopped(language, request: gr.Request):
+        """Says it again behind a step that was on its way to the page when Cancel came."""
+        late = time.monotonic() + LAST_STEP
+        while request.session_hash in telling and time.monotonic() < late:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        return quiet_card(say("cancelled", language)) if request.session_hash in stopped else gr.skip()
 
     def make_one(portrait, speech, mode, left, top, right, bottom, language, history, request: gr.Request, *chosen):
         """Makes the portrait speak, and tells how far it is."""
@@ -243,8 +254,12 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
             language,
             history,
         )
-        with contextlib.closing(told):  # a job that nobody follows ends
-            yield from itertools.takewhile(lambda _: request.session_hash not in stopped, told)
+        telling.add(request.session_hash)
+        try:
+            with contextlib.closing(told):  # a job that nobody follows ends
+                yield from itertools.takewhile(lambda _: request.session_hash not in stopped, told)
+        finally:
+            telling.discard(request.session_hash)
 
     made = [video, get_video, get_settings, settings, result]
     begun = button.click(wait, language, [status, cancel, button], **QUICK)
@@ -258,7 +273,8 @@ def one_video(actions: Actions, language: gr.Radio) -> Tab:
         **JOB,
     )
     run.then(_at_rest, None, [cancel, button], **QUICK)
-    cancel.click(stop, language, [status, cancel, button], cancels=[run], **QUICK)
+    halt = cancel.click(stop, language, [status, cancel, button], cancels=[run], **QUICK)
+    halt.then(stay_stopped, language, status, **QUICK)
     gallery.select(actions.show_again, history, [*made, last], **QUICK)
     language.input(actions.told_again, [last, language], status, **QUICK)
     compare.click(

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: no traceback, no half file, exit codes 130 and 143, in the demo, in training and in preparing."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -132,6 +133,26 @@ def test_ctrl_c_while_it_starts(script, tmp_path):
     assert process.returncode == 130, said
     assert "Traceback" not in said and said.splitlines()[-1] == "interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_that_was_taken_for_a_failure_still_counts(tmp_path):
+    """As where a library's import in C makes an ImportError of it, which --doctor reports as a missing package."""
+    (tmp_path / "script.py").write_text(
+        "import os, signal, time\n"
+        "from sonic.flags import run\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(30)\n"
+        "    except KeyboardInterrupt:\n"
+        "        return 1\n"
+        "run(main)\n"
+    )
+    command = [sys.executable, str(tmp_path / "script.py")]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=25, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 def test_a_closed_pipe_is_no_error():

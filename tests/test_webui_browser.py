@@ -133,7 +133,7 @@ def test_from_a_portrait_and_a_voice_to_a_video(visit, folder):
     playwright.expect(page.locator("#animate")).to_be_enabled()
     assert page.locator("#get_video").count() == 0
     page.wait_for_timeout(1500)  # a job that went on would show itself
-    assert say("cancelled") in card(page).inner_text()
+    playwright.expect(card(page)).to_contain_text(say("cancelled"))
     snap(page, "page-cancelled")
 
     page.locator("#animate").focus()
