@@ -430,7 +430,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
-        if code and interrupted:  # by something on the way that took Ctrl-C for its own failure, as imports in C do
+        if interrupted:  # and something on the way took Ctrl-C for its own failure, as imports in C do
             raise KeyboardInterrupt
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
