@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,6 +37,7 @@ PREDICT_MARGIN = 0.4
 CHIP_MARGIN = 0.6  # of the face's side; what the descriptor sees of a face's surroundings, also of a tilted one
 VERIFY_EVERY = 5  # ticks between two detections of a followed face
 VERIFY_SCORE = -0.3  # a face that is known to be here may score lower than one that is searched for (0)
+BLOCK = 1500  # ticks of landmarks that are kept as one array
 MAX_GAP = 10  # ticks, 0.4 s: longer gaps split a track (issue 2, section 4)
 DETECTABLE = 80  # pixels; the smallest face that dlib's detector finds
 OTHER_OVERLAP = 0.2  # intersection over union under which a box is another face's
@@ -215,7 +217,7 @@ def follow_face(
         scale = (width or picture.shape[1]) / picture.shape[1]
         if watch:
             watch(tick, picture, None if follower.lost else follower.last)
-    return [_finish(start, ticks, points, scale) for start, ticks, points in follower.runs()]
+    return [_finish(trail, scale) for trail in follower.trails()]
 
 
 def second_face(picture: np.ndarray, landmarks: np.ndarray) -> float:
@@ -230,11 +232,38 @@ def second_face(picture: np.ndarray, landmarks: np.ndarray) -> float:
     return max((float((box[2] - box[0]) / side) for box in found if overlap(own, box) < OTHER_OVERLAP), default=0.0)
 
 
+class Trail:
+    """One person's landmarks at ascending ticks, of which a two-hour video has 180,000: small arrays, each by itself, would
+    leave gaps in memory that take as much again."""
+
+    def __init__(self, tick: int, points: np.ndarray):
+        self.ticks, self._blocks, self._newest = array("l"), [], []
+        self.add(tick, points)
+
+    def add(self, tick: int, points: np.ndarray) -> None:
+        """Landmarks [68, 2] of a later tick."""
+        self.ticks.append(tick)
+        self._newest.append(points.astype(np.float32))
+        if len(self._newest) == BLOCK:
+            self._blocks.append(np.stack(self._newest))
+            self._newest.clear()
+
+    @property
+    def last(self) -> np.ndarray:
+        """The landmarks that were added last, float64 [68, 2]."""
+        return (self._newest[-1] if self._newest else self._blocks[-1][-1]).astype(float)
+
+    def point(self, number: int) -> np.ndarray:
+        """One of the 68 points over the ticks, float32 [n, 2]."""
+        blocks = [*self._blocks, np.stack(self._newest)] if self._newest else self._blocks
+        return np.concatenate([block[:, number] for block in blocks])
+
+
 @dataclass
 class _Follower:
     """The state of following one face. `known` holds what is verified, `pending` the ticks since the last detection."""
 
-    known: list[list[tuple[int, np.ndarray]]] = field(default_factory=list)  # a list of (tick, landmarks) per person
+    known: list[Trail] = field(default_factory=list)  # one per person
     pending: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # tick, picture, landmarks
     last: np.ndarray | None = None  # landmarks of the last tick, None while no face is followed
     lost: int = 0  # ticks since the face was last seen
@@ -273,14 +302,14 @@ class _Follower:
         self.looks = 0 if faces else self.looks + 1
         if faces:
             self.last = faces[0].landmarks.astype(float)
-            self.known.append([(tick, self.last.astype(np.float32))])
+            self.known.append(Trail(tick, self.last))
 
     def _look_again(self, tick: int, picture: np.ndarray) -> None:
         """One tick of a gap: the face may come back where it was, and only for as long as a gap may last."""
         box = _find_near(picture, _detector_box(self.last), BACK_OVERLAP)
         if box is not None:
             self.last, self.lost = _predict(picture, box), 0
-            self.known[-1].append((tick, self.last.astype(np.float32)))
+            self.known[-1].add(tick, self.last)
             return
         self.lost += 1
         if self.lost > MAX_GAP:
@@ -299,19 +328,16 @@ class _Follower:
                     break
                 confirmed.append((tick, picture, points))
             self.lost = len(self.pending) - len(confirmed)
-        # Of a two-hour video there are 180,000.
-        self.known[-1] += [(tick, points.astype(np.float32)) for tick, _, points in confirmed]
-        self.last = self.known[-1][-1][1].astype(float)
+        for tick, _, points in confirmed:
+            self.known[-1].add(tick, points)
+        self.last = self.known[-1].last
         self.pending = []
 
-    def runs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(start, ticks [n], landmarks [n, 68, 2]) of each person, in order, each handed over once."""
+    def trails(self) -> Iterator[Trail]:
+        """Each person's, in order, handed over once: the tracks made of them take their place in memory."""
         self._settle()
         while self.known:
-            person = self.known.pop(0)
-            ticks, points = np.array([tick for tick, _ in person]), np.stack([points for _, points in person])
-            person.clear()  # or a long video would be in memory twice while it is smoothed
-            yield int(ticks[0]), ticks, points
+            yield self.known.pop(0)
 
 
 def _find_near(picture: np.ndarray, box: np.ndarray, least: float) -> np.ndarray | None:
@@ -330,15 +356,16 @@ def _moved(points: np.ndarray, before: np.ndarray) -> float:
     return float(np.linalg.norm(points.mean(axis=0) - before.mean(axis=0)) / (box[2] - box[0]))
 
 
-def _finish(start: int, ticks: np.ndarray, points: np.ndarray, scale: float) -> FaceTrack:
+def _finish(trail: Trail, scale: float) -> FaceTrack:
     """Interpolates the ticks between, smooths without delay, and scales to the full-size picture."""
-    every = np.arange(start, ticks[-1] + 1)
+    ticks = np.array(trail.ticks)
+    every = np.arange(ticks[0], ticks[-1] + 1)
     landmarks = np.empty((len(every), 68, 2), np.float32)
     for number in range(68):  # one by one, so that a long video needs no copies of all of them
         kernel = SMOOTH_MOUTH if number in MOUTH_AND_CHIN else SMOOTH_FACE
-        filled = np.stack([np.interp(every, ticks, column) for column in points[:, number].T], axis=1)
+        filled = np.stack([np.interp(every, ticks, column) for column in trail.point(number).T], axis=1)
         landmarks[:, number] = scale * convolve1d(filled, kernel, axis=0, mode="nearest")
-    return FaceTrack(start, landmark_box(landmarks), landmarks)
+    return FaceTrack(int(ticks[0]), landmark_box(landmarks), landmarks)
 
 
 # ----------------------------------------------------------------------------------------------------- boxes and the mask
