@@ -22,7 +22,7 @@ Exit codes: 0 all made; 1 some clips of a batch failed, or --doctor found what i
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sonic.flags import leave_quietly
+    from sonic.stopping import leave_quietly
 
     leave_quietly()  # the imports below take seconds
 

@@ -16,7 +16,7 @@ Exit codes: 0 done; 2 wrong flags, input or losses; 130 Ctrl-C and 143 SIGTERM, 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sonic.flags import leave_quietly
+    from sonic.stopping import leave_quietly
 
     leave_quietly()  # the imports below take seconds
 

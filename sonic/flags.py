@@ -16,13 +16,13 @@ import re
 import signal
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sonic.files import whole_file
+from sonic.stopping import Terminated, signals_raise
 
 
 class UserError(ValueError):
@@ -369,10 +369,6 @@ def given(config: type, arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in names}
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: as clean an end as Ctrl-C."""
-
-
 @contextlib.contextmanager
 def json_result(wanted: bool, prints: bool = True) -> Iterator[dict]:
     """Gives a dict to fill. If `wanted`, it is what stdout gets, as one JSON object at the end; all else goes to stderr.
@@ -397,41 +393,13 @@ def json_result(wanted: bool, prints: bool = True) -> Iterator[dict]:
             print(json.dumps(result, ensure_ascii=False, default=str), flush=True)
 
 
-def leave_quietly() -> None:
-    """Until `run` begins, Ctrl-C ends the process with code 130 and no traceback: heavy imports take seconds, and inside
-    them an exception would not come through whole. Nothing has been begun then that could be left half done."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
-        signal.signal(signal.SIGINT, _leave)
-
-
-def _leave(number: int, frame) -> NoReturn:
-    os.write(sys.stderr.fileno(), b"interrupted\n")
-    os._exit(128 + number)
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and ends with an exit code: that of `main`, 2 for a UserError, which is printed as its one
     sentence, 130 for Ctrl-C and 143 for SIGTERM, both without a traceback."""
-
-    def terminate(number, frame):
-        raise Terminated("terminated")
-
-    interrupted = False
-
-    def interrupt(number, frame):
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
-    if in_main and signal.getsignal(signal.SIGINT) in (_leave, signal.default_int_handler):
-        signal.signal(signal.SIGINT, interrupt)
     try:
-        code = main()
-        sys.stdout.flush()
-        if interrupted:  # and something on the way took Ctrl-C for its own failure, as imports in C do
-            raise KeyboardInterrupt
+        with signals_raise():
+            code = main()
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -444,9 +412,4 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-            if signal.getsignal(signal.SIGINT) is interrupt:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(code or 0)

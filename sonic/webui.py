@@ -155,10 +155,7 @@ def serve(config: SonicConfig, share: bool, page_config: PageConfig | None = Non
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(folder, "examples"))
         page = build(pipeline, limits, Path(folder))
-        # Either of them closes the page, which is its ordinary end; `kill` leaves no uploads behind either.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background job
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` leaves no uploads behind either
         try:
             threading.Thread(target=page.workshop.measure_pace, name="sonic-pace", daemon=True).start()
             local, public = open_page(page, share, auth)

@@ -16,7 +16,6 @@ from sonic.config import SonicConfig
 from sonic.flags import (
     Checked,
     Parser,
-    Terminated,
     UserError,
     config_from,
     flag,
@@ -322,12 +321,6 @@ def test_exit_codes(main, code, words, capsys):
         run(main)
     assert stopped.value.code == code and capsys.readouterr().err.strip() == words
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_sigterm_is_no_failure_of_one_clip():
-    with pytest.raises(BaseException) as error:
-        raise Terminated
-    assert not isinstance(error.value, Exception)
 
 
 def test_json_result_is_alone_on_stdout(capsys):
