@@ -399,7 +399,10 @@ def _processes() -> Share:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    from sonic.processes import leave_at_exit  # brings torch
+
     state = PartialState(cpu=True, timeout=timedelta(days=7))  # a process waits for the slowest
+    leave_at_exit()
     return Share(state.process_index, state.num_processes, gather_object)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ class Processes:
             return cls()
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         state = PartialState(cpu=True) if on_cpu else PartialState()
+        leave_at_exit()
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
@@ -74,3 +76,11 @@ class Processes:
         gathered: list = [None] * self.count
         dist.all_gather_object(gathered, values)
         return [value for part in gathered for value in part]
+
+
+def leave_at_exit() -> None:
+    """The group of processes, if there is one, is left before Python ends. Gloo's threads may still hold tensors then, and one
+    that lets go of them while the interpreter goes down aborts the process, its work done (pytorch PR 179291). NCCL has none
+    of that, and to leave it may mean to wait for a process that has failed."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())

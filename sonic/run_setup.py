@@ -20,6 +20,7 @@ from sonic.memory import Estimator, available_memory, require_memory, verdict
 from sonic.pieces import Screening
 from sonic.prepare import find_videos, prepare
 from sonic.prepared import PreparedData
+from sonic.processes import leave_at_exit
 from sonic.run_log import start_trackers
 from sonic.shard_stream import ShardStream, shard_list
 from sonic.sharding import ready_for_sharding
@@ -89,6 +90,7 @@ def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
         # A process that has prepared its share of the data waits for the others, for hours if it must be.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    leave_at_exit()
     ready_for_sharding(accelerator, config)
     # What shards a model, FSDP and DeepSpeed, needs less than an estimate for one process says.
     if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):

@@ -88,6 +88,23 @@ def test_eight_windows_take_a_share_of_the_time_each(count, monkeypatch):
     assert 8 * call / (count * (len(made) * call + exchange)) > 0.99
 
 
+def test_processes_leave_their_group_before_python_ends(tmp_path):
+    """A thread of gloo's that holds a tensor while the interpreter goes down aborts the process: now and then, so what is
+    looked at is the group."""
+    script = tmp_path / "ends.py"
+    script.write_text(f"""
+import atexit, sys
+import torch.distributed as dist
+atexit.register(lambda: print("still in it" if dist.is_initialized() else "has left it"))  # comes after those registered later
+sys.path.insert(0, {str(ROOT)!r})
+from sonic.processes import Processes
+assert Processes.started("cpu").collect([1]) == [1, 1]
+""")
+    code, printed, errors = start([*TORCHRUN, script], tmp_path)
+    assert code == 0, errors
+    assert printed.count("has left it") == 2 and "still in it" not in printed
+
+
 def test_shares():
     one, two = Processes(0, 2), Processes(1, 2)
     assert (one.share([1, 2, 3]), two.share([1, 2, 3])) == ([1, 3], [2])
