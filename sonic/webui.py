@@ -11,7 +11,6 @@ what guards it in `page_guard.py`. Programs call it with gradio_client (docs/pag
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -31,6 +30,7 @@ from sonic.page_limits import Limits, Store, accounts, is_open_to_strangers, res
 from sonic.page_text import ENGLISH, LANGUAGES, label, say, translations
 from sonic.page_views import CONTRAST, CSS, FIRST_LANGUAGE, FONT, MONO, PICTURES, SWITCH_LANGUAGE, quiet_card
 from sonic.pipeline import SonicPipeline
+from sonic.stopping import signals_raise
 
 SESSIONS = 500  # visitors whose history is remembered; the one who was away longest is forgotten first
 CLEAN_EVERY = 60  # seconds
@@ -150,12 +150,12 @@ def serve(config: SonicConfig, share: bool, page_config: PageConfig | None = Non
     auth = accounts(page_config.auth)
     pipeline = SonicPipeline(config)
     limits = resolve(page_config, share, pipeline.settings)
-    with tempfile.TemporaryDirectory(prefix="sonic-page-") as folder:
+    # `kill` leaves no uploads behind either.
+    with signals_raise(), tempfile.TemporaryDirectory(prefix="sonic-page-") as folder:
         # gradio serves what lies in these folders: ours, which holds no other program's files and goes with the page.
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(folder, "examples"))
         page = build(pipeline, limits, Path(folder))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` leaves no uploads behind either
         try:
             threading.Thread(target=page.workshop.measure_pace, name="sonic-pace", daemon=True).start()
             local, public = open_page(page, share, auth)

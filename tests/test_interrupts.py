@@ -15,6 +15,7 @@ import sonic_demo
 import sonic_training
 from sonic import media, workers
 from sonic.flags import run
+from sonic.stopping import Terminated
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -133,6 +134,12 @@ def test_ctrl_c_while_it_starts(script, tmp_path):
     words = [line for line in said.splitlines() if not line.startswith("import time:")]
     assert process.returncode == 130 and words == ["interrupted"], words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_is_no_failure_of_one_clip():
+    with pytest.raises(BaseException) as error:
+        raise Terminated
+    assert not isinstance(error.value, Exception)
 
 
 def interrupted_import(folder, module):

@@ -134,6 +134,8 @@ def test_from_a_portrait_and_a_voice_to_a_video(visit, folder):
     assert page.locator("#get_video").count() == 0
     page.wait_for_timeout(1500)  # a job that went on would show itself
     playwright.expect(card(page)).to_contain_text(say("cancelled"))
+    page.wait_for_timeout(500)  # and stays
+    assert say("cancelled") in card(page).inner_text()
     snap(page, "page-cancelled")
 
     page.locator("#animate").focus()
