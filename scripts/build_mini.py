@@ -38,6 +38,7 @@ from sonic.weights import ROOT
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 2.5)
 STEPS, FURTHER_STEPS = 4500, 3600
+MORE_CLIPS, MORE_STEPS = 1200, 4800
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -62,7 +63,7 @@ TRAINING = {
     "save_steps": 500,
 }
 # A second training goes on from the first one's end: at half its rate, without its beginning under much noise, and twice as fast
-# a step, as its pictures are encoded once.
+# a step, as its pictures are encoded once. A third one does the same with puppets that the first two have not seen.
 FURTHER = {"learning_rate": 1e-3, "p_mean": "1.0,0.2", "cache_latents": True}
 
 
@@ -92,9 +93,15 @@ class Build:
         call("scripts/make_speech.py", folder)
 
     def clips(self, folder: Path) -> None:
+        self.draw(folder, CLIPS, 100 + self.seed)
+
+    def more_clips(self, folder: Path) -> None:
+        self.draw(folder, MORE_CLIPS, 200 + self.seed)
+
+    def draw(self, folder: Path, clips: int, seed: int) -> None:
         call(
             *("-m", "sonic.puppets", "--output", folder, "--speech", self.work / "speech/training"),
-            *("--clips", CLIPS, "--seconds", SECONDS, "--size", SIZE, "--seed", 100 + self.seed),
+            *("--clips", clips, "--seconds", SECONDS, "--size", SIZE, "--seed", seed),
             *("--head_amplitude", *HEAD_AMPLITUDES, "--expression_amplitude", *EXPRESSION_AMPLITUDES),
         )
 
@@ -112,16 +119,19 @@ class Build:
                 halve(target / part)
 
     def training(self, folder: Path) -> dict:
-        return self.train(folder, self.work / "start", STEPS, TRAINING)
+        return self.train(folder, "start", "clips", STEPS, TRAINING)
 
     def further(self, folder: Path) -> dict:
-        return self.train(folder, self.work / f"training/checkpoint-{STEPS}", FURTHER_STEPS, TRAINING | FURTHER)
+        return self.train(folder, f"training/checkpoint-{STEPS}", "clips", FURTHER_STEPS, TRAINING | FURTHER)
 
-    def train(self, folder: Path, start: Path, steps: int, flags: dict) -> dict:
+    def more(self, folder: Path) -> dict:
+        return self.train(folder, f"further/checkpoint-{FURTHER_STEPS}", "more_clips", MORE_STEPS, TRAINING | FURTHER)
+
+    def train(self, folder: Path, start: str, clips: str, steps: int, flags: dict) -> dict:
         options = [part for name, value in flags.items() for part in (f"--{name}", value) if part is not True]
         call(
-            *("sonic_training.py", "--model_path", start, "--data_root", self.work / "clips"),
-            *("--cache_dir", self.work / "cache"),
+            *("sonic_training.py", "--model_path", self.work / start, "--data_root", self.work / clips),
+            *("--cache_dir", self.work / f"cache_of_{clips}"),
             *("--output_dir", folder, "--max_train_steps", steps, "--seed", self.seed),
             *("--resume_from_checkpoint", "latest", *options),
         )
@@ -132,7 +142,7 @@ class Build:
 
     def ship(self, output: Path) -> None:
         """Base model, Whisper and trained weights in fp16; the base's own UNet is only described, it is not needed."""
-        trained = open_checkpoint(self.work / f"further/checkpoint-{FURTHER_STEPS}")
+        trained = open_checkpoint(self.work / f"more/checkpoint-{MORE_STEPS}")
         with atomic_folder(output) as target:
             here = replace(trained, base_model=Path("base"), whisper_path=Path("whisper"))
             save_model(target, trained.load().half(), here)
@@ -181,7 +191,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     build = Build(work, arguments.seed)
     try:
-        for name in ("speech", "clips", "vae", "start", "training", "further"):
+        for name in ("speech", "clips", "vae", "start", "training", "further", "more_clips", "more"):
             build.stage(name, getattr(build, name))
     except subprocess.CalledProcessError as error:
         raise UserError(f"a stage of the build failed: {error}") from error
