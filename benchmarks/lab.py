@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 import torch
 from build_mini import EXPRESSION_AMPLITUDES, HEAD_AMPLITUDES, SIZE
-from lab_claims import BUCKETS
+from lab_claims import BUCKETS, OVERLAP, ROOM
 from lab_report import PLOTS, write_report
 from PIL import Image
 from tqdm import tqdm
@@ -254,7 +254,7 @@ def predict_buckets(experiment: Experiment, index: int, checkpoint: str, speech_
     portrait = prepare_portrait(
         Image.fromarray(frames[0]),
         model.settings.resolution,
-        crop=model.settings.crop,
+        crop=experiment.overrides.get("crop", model.settings.crop),
         clip_size=base.image_encoder.config.image_size,
     )
     seen = base.embeddings(portrait.clip_pixels[None])
@@ -312,6 +312,7 @@ def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     plan = [
         Experiment("main", {}, curves=True),
         Experiment("predicted buckets", {}, clips=2 * CLIPS, buckets_only=True),
+        Experiment("predicted buckets with room", {"crop": ROOM}, clips=2 * CLIPS, buckets_only=True),
     ]
     plan += [Experiment("silence", {}, clips=SWEEP_CLIPS, silence=True)]
     for side, other in (("translation", "expression"), ("expression", "translation")):
@@ -326,6 +327,7 @@ def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     plan.append(Experiment("without shift fusion", {"shift_offset": 0}, clips=SWEEP_CLIPS))
     long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS, "curves": True}
     plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
+    plan.append(Experiment("long with overlap", {"overlap": OVERLAP}, **long))
     for folder in runs:
         plan += [
             Experiment(f"run {run_name(folder)} {path.name}", {}, clips=CURVE_CLIPS, checkpoint=str(path))

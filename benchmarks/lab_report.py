@@ -44,7 +44,10 @@ PARTS: list[Part] = [
     (("silence",), closes),
     (("main",), keeps),
     (
-        (*(f"{side} bucket {b}" for side in ("translation", "expression") for b in BUCKETS), "predicted buckets"),
+        (
+            *(f"{side} bucket {b}" for side in ("translation", "expression") for b in BUCKETS),
+            *("predicted buckets", "predicted buckets with room"),
+        ),
         bucket_rows,
     ),
 ]
@@ -61,7 +64,7 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
             ("audio guidance 0", "audio guidance 10"),
             lambda found: guidance_row(found, settings["guidance_scale_audio"]),
         ),
-        (("main", "long", "long without shift fusion"), shift_rows),
+        (("main", "long", "long without shift fusion", "long with overlap"), shift_rows),
     ]
     for needed, make in parts:
         if all(name in results for name in needed):

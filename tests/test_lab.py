@@ -56,6 +56,7 @@ def rows(count=6, **numbers):
 def results():
     near = {"true": [[20.0, 40.0], [60.0, 50.0]], "predicted": [[22.0, 41.0], [57.0, 48.0]]}
     found = {"main": rows(), "silence": rows(), "predicted buckets": [near, near]}
+    found["predicted buckets with room"] = found["predicted buckets"]
     for side in ("translation", "expression"):
         for bucket, motion in ((16, 0.02), (112, 0.08)):
             found[f"{side} bucket {bucket}"] = rows(**{side: motion})
@@ -63,6 +64,7 @@ def results():
         found[f"audio guidance {scale}"] = rows(r=r)
     found["long"] = [row(1, seconds=30)]
     found["long without shift fusion"] = [row(1, seconds=30, seam_near=1.3, seam=1.25)]
+    found["long with overlap"] = [row(1, seconds=30, seam_near_largest=1.03)]
     return found
 
 
