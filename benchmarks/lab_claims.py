@@ -144,7 +144,7 @@ def bucket_rows(results: Results) -> list[Row]:
     rows, room = results["predicted buckets"], results["predicted buckets with room"]
     for column, name in enumerate(("translation", "expression")):
         errors, plain = prediction_errors(rows, column)
-        gain, with_room = (_gain(*prediction_errors(found, column)) for found in (rows, room))
+        gain, with_room = (share_saved(*prediction_errors(found, column)) for found in (rows, room))
         absolute = 1 - np.abs(errors).mean() / np.abs(plain).mean()
         made.append(
             Row(
@@ -167,7 +167,8 @@ def prediction_errors(rows: list[dict], column: int) -> tuple[np.ndarray, np.nda
     return true - predicted, true - true.mean()
 
 
-def _gain(errors: np.ndarray, plain: np.ndarray) -> float:
+def share_saved(errors: np.ndarray, plain: np.ndarray) -> float:
+    """How much smaller the squared errors are than those of the mean."""
     return 1 - float(np.square(errors).mean() / np.square(plain).mean())
 
 
