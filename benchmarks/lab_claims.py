@@ -12,7 +12,7 @@ import numpy as np
 
 Results = dict[str, list[dict]]
 BUCKETS = (16, 112)  # a motion bucket that asks for little, and one that asks for much
-ROOM = 0.8  # margin of a portrait, in face sizes, that leaves as much room as the squares of lively training clips do
+ROOM = 0.8  # margin of a portrait, in face sizes, where it is tried what more room than the usual 0.5 tells
 OVERLAP = 2  # frames that neighbouring windows share, where it is tried what that is worth
 
 
