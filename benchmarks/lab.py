@@ -37,6 +37,7 @@ from sonic import pipeline, unet
 from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH
 from sonic.checkpoints import open_checkpoint, training_checkpoints
 from sonic.config import SAMPLE_RATE, SHIPPED, TICK_RATE, Settings, SonicConfig
+from sonic.dataset import pixels
 from sonic.flags import run
 from sonic.metrics import Evaluation, follow, measure, portrait_face
 from sonic.motion import motion_buckets
@@ -58,6 +59,7 @@ from sonic.puppets import (
 )
 from sonic.run_log import read_log
 from sonic.sound import load_audio
+from sonic.training import encode_frames
 from sonic.weights import ROOT
 
 CLIPS, SECONDS = 24, 4.0
@@ -70,7 +72,7 @@ SWEEP_CLIPS = 12  # for what is compared over many settings
 CURVE_CLIPS = 6  # for every checkpoint of every run
 DTYPE = "bf16"  # on CPUs that know it, two thirds of the time; the pictures differ by less than the VAE's own error
 USUAL = {"translation": 16, "expression": 48}  # buckets in the middle of what puppets do
-MAIN_ALONE = ("truth", "opening", "truth_opening")  # what is kept of the first experiment's clips only
+MAIN_ALONE = ("truth", "truth_through_vae", "opening", "truth_opening")  # what is kept of the first experiment's clips only
 NO_SCALE = {"dynamic_scale": 1.0}  # buckets as predicted or given, not 1.5 times that
 
 
@@ -235,7 +237,20 @@ def animate(experiment: Experiment, index: int, checkpoint: str, speech_folder: 
         numbers |= {"opening": found.opening, "truth_opening": clip.opening}
     if experiment.name == "main" or experiment.silence:
         numbers["truth"] = as_numbers(measure(truth, clip.speech, made.fps, truth_curves=curves, **common))
+    if experiment.name == "main":
+        encoded = through_vae(animator, truth)
+        numbers["truth_through_vae"] = as_numbers(
+            measure(encoded, clip.speech, made.fps, truth_curves=curves, **common)
+        )
     return plain(numbers)
+
+
+@torch.no_grad()
+def through_vae(animator: SonicPipeline, frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 [T, R, R, 3] encoded and decoded again: the most that a model in these latents can show."""
+    base = animator.animator.base
+    latents = encode_frames(base, pixels(frames)) * base.vae.config.scaling_factor
+    return np.concatenate(list(animator.animator.decode(latents, animator.settings.decode_chunk_size)))
 
 
 @torch.no_grad()

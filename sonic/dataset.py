@@ -214,7 +214,7 @@ def mirror(pictures: np.ndarray) -> np.ndarray:
 
 
 def clip_square(clip: Clip) -> tuple[int, int, int, int]:
-    """The square around the face's path through the whole clip, the same for every part of it."""
+    """The square for the face's path through the whole clip, the same for every part of it."""
     return square_of(clip, clip.whole.boxes)
 
 
@@ -248,11 +248,15 @@ def _in_area(clip: Clip, boxes: np.ndarray, square: Callable) -> tuple[int, int,
 def window_square(boxes: np.ndarray, width: int, height: int, expand: float = CROP_EXPAND) -> tuple[int, int, int, int]:
     """One square x0, y0, x1, y1 that holds the face's whole path, boxes [T, 4], in a picture of that width and height.
 
-    The released crop around the union of the boxes where that holds the path; else a larger one. Lies inside the picture
-    unless the path is longer than the picture's shorter side; then it reaches over the edge, and `cut` repeats the edge.
+    The released crop around a face of usual size in the path's middle, so that a lively head has no more room around it
+    than a calm one, and neither more than a portrait that is to be animated; where that does not hold the path, a larger
+    one. Lies inside the picture unless the path is longer than the picture's shorter side; then it reaches over the edge,
+    and `cut` repeats the edge. (ours)
     """
-    union = np.clip(union_box(boxes), 0, [width, height, width, height])
-    x0, y0, x1, y1 = square_crop(union, expand, width, height)
+    boxes = np.clip(boxes, 0, [width, height, width, height])
+    union, size = union_box(boxes), np.median(boxes[:, 2:] - boxes[:, :2], axis=0)
+    middle = (union[:2] + union[2:]) / 2
+    x0, y0, x1, y1 = square_crop(np.concatenate([middle - size / 2, middle + size / 2]), expand, width, height)
     side = min(max(x1 - x0, y1 - y0), width, height)  # the crop may be a pixel off square
     x0, y0 = min(x0, width - side), min(y0, height - side)
     square = (x0, y0, x0 + side, y0 + side)

@@ -166,8 +166,8 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
 
 
 def articulation(expression_amplitude: float | np.ndarray) -> float | np.ndarray:
-    """How far a mouth goes along the law: 0.3 of it for a puppet without expression, all of it at amplitude 1, 1.3 at 2."""
-    return 0.3 + 0.7 * np.sqrt(expression_amplitude)
+    """How far a mouth goes along the law: half of it for a puppet without expression, all of it at amplitude 1, 1.2 at 2."""
+    return 0.5 + 0.5 * np.sqrt(expression_amplitude)
 
 
 def random_motion(
@@ -311,11 +311,11 @@ class Liveliness:
     @classmethod
     def of(cls, identity: Identity, head_amplitudes, expression_amplitudes, chance: float, mood: np.ndarray):
         """Out of ranges of one number or two. Between two, the head is 85 % temper and 15 % chance (0 … 1), so that there is
-        something for `audio2bucket` to see in a portrait, and the face 15 % expressiveness and 85 % mood (`moods`, [T]): of
-        what portrait, voice or the rest of a clip tell already, a motion bucket teaches nothing.
+        something for `audio2bucket` to see in a portrait, and the face 70 % expressiveness and 30 % mood (`moods`, [T]):
+        of what a portrait tells all of, a motion bucket would teach nothing.
         """
         head = between(head_amplitudes, 0.85 * identity.temper + 0.15 * chance)
-        return cls(head, between(expression_amplitudes, 0.15 * identity.expressiveness + 0.85 * mood))
+        return cls(head, between(expression_amplitudes, 0.7 * identity.expressiveness + 0.3 * mood))
 
     def motion(self, speech: np.ndarray, rng: np.random.Generator, fps: float = TICK_RATE) -> Motion:
         """Random motion with these amplitudes, and a mouth that follows speech [n] as far as they let it."""

@@ -234,6 +234,17 @@ def test_squares_hold_the_path_and_lie_inside():
             assert x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
 
 
+def test_a_lively_head_has_no_more_room_than_a_calm_one_or_a_portrait():
+    """Else the room would tell a model how much the head moves, and a portrait would always pass for a calm one."""
+    face = np.array([250, 150, 330, 250], np.float32)
+    portrait = square_crop(face, 0.5, 640, 400)
+    for reach in (0, 10, 25):  # pixels to each side, of the 30 and more that the square has
+        path = face + np.float32(reach) * np.array([[-1, -1, -1, -1], [0, 0, 0, 0], [1, 1, 1, 1]])
+        assert window_square(path, 640, 400) == portrait
+    far = window_square(face + np.float32(60) * np.array([[-1, 0, -1, 0], [1, 0, 1, 0]]), 640, 400)
+    assert far[2] - far[0] > portrait[2] - portrait[0]  # a path that does not fit
+
+
 def test_a_crop_that_is_a_pixel_off_square_is_made_square():
     rng, off_square = np.random.default_rng(1), 0
     for _ in range(1000):

@@ -50,7 +50,8 @@ def row(index, r=0.96, seconds=4.0, **numbers):
 
 def rows(count=6, **numbers):
     truth = {"silent_opening": 0.019, "wide_opening": 0.31, "identity": 0.19}
-    return [row(index, truth=truth, **numbers) for index in range(count)]
+    encoded = {"identity": 0.209}
+    return [row(index, truth=truth, truth_through_vae=encoded, **numbers) for index in range(count)]
 
 
 def results():
@@ -143,8 +144,8 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
         text.count("**missed**") == 1
         and "Not measured: silence, more training (--runs), flags of training (--trials)." in text
     )
-    assert "a mean of\n39.5 where the true ones have 40.0. With a margin of 0.8 instead of 0.5 it is 50.0." in text
-    assert "from the portrait with more room, --crop 0.8: 75%" in text
+    assert "a mean of 39.5 where the true ones have 40.0. With a margin of 0.8 around the\nportrait instead of 0.5 it is 50.0." in text
+    assert "from the portrait with more room, --crop 0.8: 75%" in text and "the truth through the VAE: 1.10 ×" in text
     assert (tmp_path / "lab/clips.png").stat().st_size > 10_000
     assert (tmp_path / "lab/guidance.png").stat().st_size > 5_000
 
