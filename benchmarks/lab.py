@@ -72,7 +72,8 @@ SWEEP_CLIPS = 12  # for what is compared over many settings
 CURVE_CLIPS = 6  # for every checkpoint of every run
 DTYPE = "bf16"  # on CPUs that know it, two thirds of the time; the pictures differ by less than the VAE's own error
 USUAL = {"translation": 16, "expression": 48}  # buckets in the middle of what puppets do
-MAIN_ALONE = ("truth", "truth_through_vae", "opening", "truth_opening")  # what is kept of the first experiment's clips only
+# What is kept of the first experiment's clips only.
+MAIN_ALONE = ("truth", "truth_through_vae", "opening", "truth_opening")
 NO_SCALE = {"dynamic_scale": 1.0}  # buckets as predicted or given, not 1.5 times that
 
 

@@ -147,10 +147,10 @@ def room_section(results: Results, crop: float) -> list[str]:
     return [
         "## The room around a face",
         "",
-        "Training squares have the margin of a portrait, however the head moves in them, as far as its path fits. Squares around the",
-        "whole path would give a lively head more room than a calm one, and any portrait would pass for calm. Of these weights the predicted",
-        f"translation buckets have a mean of {tight:.1f} where the true ones have {true:.1f}. With a margin of {ROOM} around the",
-        f"portrait instead of {crop} it is {roomy:.1f}.",
+        "Training squares have the margin of a portrait, however the head moves in them, as far as its path fits. Squares around",
+        "the whole path would give a lively head more room than a calm one, and any portrait would pass for calm. So trained, the",
+        f"predicted translation buckets have a mean of {tight:.1f} where the true ones have {true:.1f}.",
+        f"With a margin of {ROOM} around the portrait instead of {crop} it is {roomy:.1f}.",
         "",
     ]
 

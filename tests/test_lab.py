@@ -144,7 +144,10 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
         text.count("**missed**") == 1
         and "Not measured: silence, more training (--runs), flags of training (--trials)." in text
     )
-    assert "a mean of 39.5 where the true ones have 40.0. With a margin of 0.8 around the\nportrait instead of 0.5 it is 50.0." in text
+    assert (
+        "a mean of 39.5 where the true ones have 40.0.\nWith a margin of 0.8 around the portrait instead of 0.5 it is 50.0."
+        in text
+    )
     assert "from the portrait with more room, --crop 0.8: 75%" in text and "the truth through the VAE: 1.10 ×" in text
     assert (tmp_path / "lab/clips.png").stat().st_size > 10_000
     assert (tmp_path / "lab/guidance.png").stat().st_size > 5_000
