@@ -38,7 +38,7 @@ from sonic.weights import ROOT
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 5.0)
 STEPS, FURTHER_STEPS = 4500, 3600
-MORE_CLIPS, MORE_STEPS = 1200, 2800
+MORE_CLIPS, MORE_STEPS = 1400, 7800
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",

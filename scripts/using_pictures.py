@@ -27,7 +27,7 @@ from sonic.sound import load_audio  # noqa: E402
 STRIPS = {
     "motion": ("motion", {"mild": "mild", "moderate": "moderate", "intense": "intense"}),
     "expression": ("expression_bucket", {"bucket 5": 5, "predicted": None, "bucket 120": 120}),
-    "audio-guidance": ("guidance_scale_audio", {"1": 1.0, "3": 3.0, "7": 7.0}),
+    "audio-guidance": ("guidance_scale_audio", {"1": 1.0, "2": 2.0, "7": 7.0}),
     "seed": ("seed", {"seed 42": 42, "seed 1": 1, "seed 2": 2}),
 }
 BEGIN, SECONDS = 0.5, 0.8  # of the example speech: where it says something; two windows
@@ -41,7 +41,7 @@ SIDE, EVERY, QUALITY = 192, 2, 60
 def strip(pipeline: SonicPipeline, speech: np.ndarray, setting: str, values: dict, made: dict) -> Image.Image:
     """Rows of frames, one for each value. `made` keeps what other strips can use again: the clip of all defaults."""
     features, rows = pipeline.extract_audio_features(speech), []
-    default = {"motion": "moderate", "expression_bucket": None, "guidance_scale_audio": 3.0, "seed": 42}[setting]
+    default = {"motion": "moderate", "expression_bucket": None, "guidance_scale_audio": 2.0, "seed": 42}[setting]
     for value in values.values():
         key = "default" if value == default else (setting, value)
         if key not in made:

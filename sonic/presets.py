@@ -91,7 +91,7 @@ PRESETS = {
             resolution=128,
             shift_offset=3,
             num_inference_steps=12,
-            guidance_scale_audio=3.0,
+            guidance_scale_audio=2.0,
             decode_chunk_size=10,
             crop=0.5,
         ),
