@@ -41,7 +41,8 @@ SIDE, EVERY, QUALITY = 192, 2, 60
 def strip(pipeline: SonicPipeline, speech: np.ndarray, setting: str, values: dict, made: dict) -> Image.Image:
     """Rows of frames, one for each value. `made` keeps what other strips can use again: the clip of all defaults."""
     features, rows = pipeline.extract_audio_features(speech), []
-    default = {"motion": "moderate", "expression_bucket": None, "guidance_scale_audio": 2.0, "seed": 42}[setting]
+    usual = {"motion": "moderate", "expression_bucket": None, "seed": 42}
+    default = usual[setting] if setting in usual else getattr(pipeline.settings, setting)
     for value in values.values():
         key = "default" if value == default else (setting, value)
         if key not in made:
