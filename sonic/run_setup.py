@@ -83,6 +83,7 @@ def half_precision(config: TrainingConfig) -> torch.dtype:
 def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
     """The processes and what they report to. Raises UserError for a run that cannot fit into the memory, or be sharded."""
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # torchrun does not tell it so
         mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",  # for the scaler; see `autocast_for`
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,

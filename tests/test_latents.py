@@ -285,7 +285,7 @@ def test_preparation_is_shared_too(tiny, videos, tmp_path, monkeypatch):
 def torchrun(arguments, tmp_path):
     """Two CPU processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return start(arguments, tmp_path, launcher, ACCELERATE_USE_CPU="true")
+    return start(arguments, tmp_path, launcher, CUDA_VISIBLE_DEVICES="")
 
 
 def test_two_processes_killed_while_caching(tiny, videos, fresh, tmp_path):
