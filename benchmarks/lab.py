@@ -126,7 +126,7 @@ class Clip:
             HEAD_AMPLITUDES,
             EXPRESSION_AMPLITUDES,
             chance=self.motion_rng.uniform(),
-            mood=moods(self.count, TICK_RATE, self.motion_rng),
+            mood=moods(self.count, TICK_RATE, self.motion_rng, self.identity.expressiveness),
         )
         motion = lively.motion(self.speech, self.motion_rng)
         portrait = self._cut(self.portrait, resolution, crop)

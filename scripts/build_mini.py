@@ -36,9 +36,9 @@ from sonic.weights import ROOT
 
 # What decides how good the model gets, and how long it takes.
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192
-HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 5.0)
+HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 6.0)
 STEPS, FURTHER_STEPS = 4500, 3600
-MORE_CLIPS, MORE_STEPS = 1400, 7800
+MORE_CLIPS, MORE_STEPS = 3000, 14400
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -63,8 +63,10 @@ TRAINING = {
     "save_steps": 500,
 }
 # A second training goes on from the first one's end: at half its rate, without its beginning under much noise, and twice as fast
-# a step, as its pictures are encoded once. A third one does the same with puppets that the first two have not seen.
+# a step, as its pictures are encoded once. A third one does the same with puppets that the first two have not seen, and minds
+# faces more: what brows do weighs little in a picture.
 FURTHER = {"learning_rate": 1e-3, "p_mean": "1.0,0.2", "cache_latents": True}
+MORE = FURTHER | {"face_loss_weight": 5}
 
 
 class Build:
@@ -125,7 +127,7 @@ class Build:
         return self.train(folder, f"training/checkpoint-{STEPS}", "clips", FURTHER_STEPS, TRAINING | FURTHER)
 
     def more(self, folder: Path) -> dict:
-        return self.train(folder, f"further/checkpoint-{FURTHER_STEPS}", "more_clips", MORE_STEPS, TRAINING | FURTHER)
+        return self.train(folder, f"further/checkpoint-{FURTHER_STEPS}", "more_clips", MORE_STEPS, TRAINING | MORE)
 
     def train(self, folder: Path, start: str, clips: str, steps: int, flags: dict) -> dict:
         options = [part for name, value in flags.items() for part in (f"--{name}", value) if part is not True]

@@ -24,6 +24,7 @@ from sonic.sound import load_audio
 from sonic.sync import at_ticks, band_energy, band_level, speech_power
 
 SPEECH_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4")
+USUALLY = 3 / 4  # of all moods are what the looks tell
 MIN_SIZE = 64  # pixels; below that, eyes and lips are too small to be drawn, let alone found
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,8 +167,9 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
 
 
 def articulation(expression_amplitude: float | np.ndarray) -> float | np.ndarray:
-    """How far a mouth goes along the law: half of it for a puppet without expression, all of it at amplitude 1, 1.2 at 2."""
-    return 0.5 + 0.5 * np.sqrt(expression_amplitude)
+    """How far a mouth goes along the law: half of it for a puppet without expression, all of it at amplitude 1, 1.2 at 2,
+    1.7 at most."""
+    return np.minimum(0.5 + 0.5 * np.sqrt(expression_amplitude), 1.7)
 
 
 def random_motion(
@@ -289,13 +291,15 @@ def between(amplitudes: tuple[float, ...], position: float | np.ndarray) -> floa
     return (low + position * (high - low)) ** 2
 
 
-def moods(num_frames: int, fps: float, rng: np.random.Generator) -> np.ndarray:
-    """A face that is calm at times and lively at others: 0 … 1, [T], with 0.3 s from one to the other."""
-    curve, at, state = np.zeros(num_frames), 0.0, float(rng.uniform() < 0.5)
+def moods(num_frames: int, fps: float, rng: np.random.Generator, usual: float) -> np.ndarray:
+    """How lively a face is, 0 … 1, [T]: for 0.8 to 2.4 s as it usually is, three times of four, or as any other's; 0.3 s lie
+    between two moods. Numbers like `usual`, even in 0 … 1, become rather the ends of the range than its middle."""
+    curve, at = np.zeros(num_frames), 0.0
     seconds = np.arange(num_frames) / fps
     while at < num_frames / fps:
-        curve[seconds >= at] = state
-        at, state = at + rng.uniform(0.8, 2.4), 1 - state
+        mood = usual if rng.uniform() < USUALLY else rng.uniform()
+        curve[seconds >= at] = np.clip(2 * mood - 0.5, 0, 1)
+        at += rng.uniform(0.8, 2.4)
     width = max(1, round(0.3 * fps))
     padded = np.pad(curve, width, mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="same")[width:-width]
@@ -311,11 +315,11 @@ class Liveliness:
     @classmethod
     def of(cls, identity: Identity, head_amplitudes, expression_amplitudes, chance: float, mood: np.ndarray):
         """Out of ranges of one number or two. Between two, the head is 85 % temper and 15 % chance (0 … 1), so that there is
-        something for `audio2bucket` to see in a portrait, and the face 70 % expressiveness and 30 % mood (`moods`, [T]):
-        of what a portrait tells all of, a motion bucket would teach nothing.
+        something for `audio2bucket` to see in a portrait, and the face what the mood (`moods`, [T]) makes of its
+        expressiveness: every face is calm or lively at some time, or a motion bucket would teach nothing.
         """
         head = between(head_amplitudes, 0.85 * identity.temper + 0.15 * chance)
-        return cls(head, between(expression_amplitudes, 0.7 * identity.expressiveness + 0.3 * mood))
+        return cls(head, between(expression_amplitudes, mood))
 
     def motion(self, speech: np.ndarray, rng: np.random.Generator, fps: float = TICK_RATE) -> Motion:
         """Random motion with these amplitudes, and a mouth that follows speech [n] as far as they let it."""
@@ -336,7 +340,7 @@ def make_clip(recording: Path, seconds, rng, size, fps, head_amplitudes, express
     num_frames = max(1, round(seconds * fps))
     speech, start = choose_excerpt(load_audio(recording), round(num_frames / fps * SAMPLE_RATE), speech_rng)
     identity = Identity.random(identity_rng)
-    mood = moods(num_frames, fps, mood_rng)
+    mood = moods(num_frames, fps, mood_rng, identity.expressiveness)
     lively = Liveliness.of(identity, head_amplitudes, expression_amplitudes, chance, mood)
     motion = lively.motion(speech, motion_rng, fps)
     description = {
