@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs/accelerate"
 def fsdp2(**options) -> Accelerator:
     """An accelerator as configs/accelerate/8x24gb_fsdp2.yaml asks for it."""
     asked = yaml.safe_load((CONFIGS / "8x24gb_fsdp2.yaml").read_text())["fsdp_config"]
-    accelerator = Accelerator(cpu=True, **options)
+    accelerator = Accelerator(**options | {"cpu": True})  # also where there is a GPU
     names = asked["fsdp_transformer_layer_cls_to_wrap"].split(",")
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=asked["fsdp_version"],
