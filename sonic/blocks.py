@@ -137,9 +137,9 @@ def take_over(unet: nn.Module) -> None:
             assert module.merge_strategy == "learned_with_images" and not module.switch_spatial_to_temporal_mix, name
 
 
-def lay_out(unet: nn.Module) -> None:
-    """Convolution weights in the layout that the pictures have, so that no call has to copy them into it. For inference."""
-    for module in unet.modules():
+def lay_out(model: nn.Module) -> None:
+    """Convolution weights in channels-last layout, so that no call has to copy pictures or them into it. For inference."""
+    for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         elif isinstance(module, nn.Conv3d):
