@@ -95,7 +95,7 @@ def test_base_is_frozen(tiny):
 
 
 def test_a_vae_in_bf16_works_in_channels_last(tiny):
-    """Twice as fast on CPUs; in float32 it is not, so there the weights lie as they come. Pictures are the same but for rounding."""
+    """Twice as fast on CPUs. In float32 it is not, so weights lie as they come; pictures are the same but for rounding."""
     single, half = load_base(tiny / "base").vae, load_base(tiny / "base", vae_dtype=torch.bfloat16).vae
     for vae, laid_out in ((single, False), (half, True)):
         weight = vae.encoder.down_blocks[0].resnets[0].conv1.weight
