@@ -121,7 +121,7 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, vae_dtype: torch
         path = find_weights(folder / name, stem)
         load_strict(part, read_tensors(path), path, kind)
         part.eval().requires_grad_(False)
-    if vae_dtype == torch.bfloat16:  # on CPUs twice as fast; in float32 encoding gains a little, and decoding loses as much
+    if vae_dtype == torch.bfloat16:  # twice as fast on CPUs; float32 gains in encoding what it loses in decoding
         lay_out(vae)
     path = folder / "scheduler/scheduler_config.json"
     config = read_json(path)
