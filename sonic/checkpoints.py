@@ -65,7 +65,8 @@ class BaseModels:
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels [n, 3, 8 H, 8 W] in -1..1 -> the mean of the VAE's posterior, *not* scaled, float32 [n, C, H, W]."""
-        return self.vae.encode(pixels.to(computing_device(self.vae), self.vae.dtype)).latent_dist.mode().float()
+        posterior = self.vae.encode(pixels.to(computing_device(self.vae), self.vae.dtype)).latent_dist
+        return posterior.mode().float().contiguous()  # not as the VAE lays pictures out, but as files take them
 
     def embeddings(self, clip_pixels: Tensor) -> Tensor:
         """Normalised pixels [n, 3, S, S] -> CLIP embeddings, float32 [n, E]."""
