@@ -142,10 +142,11 @@ class Animator:
             mask=portrait.mask[None].to(self.device),
         )
 
-    def branches(self, still: Portrait, speech: Speech) -> sampling.Branches:
+    def branches(self, still: Portrait, speech: Speech, settings: Settings) -> sampling.Branches:
         """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
+        neutral = settings.neutral_translation, settings.neutral_expression
         with self.autocast():
-            branches = Branches(self.denoiser, still, speech, self.key_memory)
+            branches = Branches(self.denoiser, still, speech, self.key_memory, neutral)
 
         def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
             with self.autocast():
@@ -192,7 +193,7 @@ class Animator:
         del noise
         if memory is None and settings.solver != "euler":
             memory = torch.zeros_like(x)
-        velocities = self.branches(still, speech)
+        velocities = self.branches(still, speech, settings)
         windows = len(sampling.windows(len(speech), settings.num_frames, settings.overlap, 0))
         preview = None
 

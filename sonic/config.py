@@ -72,15 +72,20 @@ def _interval(value):
     return low, high
 
 
-NO_CROP = "none"
+NONE = "none"  # on the command line: None itself, where leaving the flag away means the checkpoint's own
 
 
-def _crop(value):
-    """A margin in face sizes, or the word that takes the whole picture."""
-    return value if value == NO_CROP else SCALE(value)
+def or_none(check: Callable) -> Callable:
+    """Lets the word `none` through as well."""
+
+    def check_rest(value):
+        return value if value == NONE else check(value)
+
+    check_rest.metavar = check.metavar
+    return check_rest
 
 
-_crop.metavar = SCALE.metavar
+OR_NONE = ("crop", "neutral_translation", "neutral_expression")  # the settings that take it
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,10 @@ class Settings(Checked):
     num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
     guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _GUIDANCE)
     guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
+    neutral_translation: float | None = flag(
+        None, "translation bucket of the branch without image and audio; None: that of the others", BUCKET
+    )
+    neutral_expression: float | None = flag(None, "the same for the expression bucket", BUCKET)
     solver: str = flag("euler", "euler or dpmpp_2m", _SOLVER)
     guidance_interval: tuple[float, float] | None = flag(None, "noise levels with guidance; None: all", _interval)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
@@ -158,6 +167,13 @@ class SonicConfig(Checked):
     guidance_scale_audio: float | tuple[float, float] | None = flag(
         None, "audio guidance (released weights: 7.5), or FIRST,LAST to go linearly over the steps", _GUIDANCE
     )
+    neutral_translation: float | str | None = flag(
+        None,
+        "translation bucket that guidance leads away from, by the image scale, so that the one asked for does more; none: "
+        "the bucket is not guided (released)",
+        or_none(BUCKET),
+    )
+    neutral_expression: float | str | None = flag(None, "the same for the expression bucket", or_none(BUCKET))
     shift_offset: int | None = flag(
         None, "frames that the windows move per denoising step; 0 turns shift fusion off", WHOLE
     )
@@ -199,7 +215,9 @@ class SonicConfig(Checked):
         group=PICTURE,
     )
     crop: float | str | None = flag(
-        None, "cut a square around the face, grown by this share of it on each side (released: 0.5), or none", _crop
+        None,
+        "cut a square around the face, grown by this share of it on each side (released: 0.5), or none",
+        or_none(SCALE),
     )
     seed: int = flag(
         42,

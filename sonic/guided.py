@@ -20,6 +20,7 @@ from sonic.denoiser import Denoiser, Portrait
 from sonic.unet import Conditions, Projection, SonicUNet, gate_of
 
 NOTHING, IMAGE, SOUND = range(3)  # the branches: neither, the image, image and audio
+Buckets = tuple[float | None, float | None]  # translation, expression
 
 
 class LongTokens:
@@ -93,12 +94,17 @@ class VideoKeys:
 class Branches:
     """What `sampling.sample` asks for velocities: (x [W, C, H, W], sigma, frame indices, wanted branches) -> [B, W, C, H, W]."""
 
-    def __init__(self, denoiser: Denoiser, still: Portrait, speech: Speech, key_memory: float):
+    def __init__(
+        self, denoiser: Denoiser, still: Portrait, speech: Speech, key_memory: float, neutral: Buckets = (None, None)
+    ):
         """Projects keys and values if they take at most `key_memory` GB; else every call does it for its own frames.
 
+        neutral: translation and expression bucket of the branch without image and audio, so that guidance leads from there to
+        the speech's own; None: the same as in the others, as published. Ours; the idea is that of Ho and Salimans 2022,
+        "Classifier-free diffusion guidance", with ordinary motion for no condition.
         Call it, and make it, in the autocast that the denoiser is to compute in.
         """
-        self.denoiser, self.still, self.speech = denoiser, still, speech
+        self.denoiser, self.still, self.speech, self.neutral = denoiser, still, speech, neutral
         dtype, device = denoiser.dtype, still.latent.device
         images = torch.stack([torch.zeros_like(still.clip), still.clip])  # [2, 1, D]
         self.images, self.silence = images.to(dtype), speech.silence.to(device, dtype)
@@ -117,14 +123,27 @@ class Branches:
             self.gates = {(height, width): gate_of(still.mask, height, width, 1).to(dtype) for height, width in sizes}
 
     def __call__(self, x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
-        buckets = self.speech.buckets[indices].mean(0)  # one pair per window: the mean of its frames'
-        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), buckets]).to(x.device)
-        # Image and sound are one branch with the image alone until sound comes in; the UNet tells them apart there.
-        distinct = wanted[:-1] if wanted[-2:] == [IMAGE, SOUND] else wanted
+        time_ids = self._time_ids(indices, wanted).to(x.device)
+        # Image and sound are one branch with the image alone until sound comes in; the UNet tells them apart there, if
+        # one embedding of time serves all branches.
+        together = len(time_ids) == 1 and wanted[-2:] == [IMAGE, SOUND]
+        distinct = wanted[:-1] if together else wanted
         references = self.references[[min(branch, IMAGE) for branch in distinct]]
         clips = x.expand(len(distinct), -1, -1, -1, -1)
         conditions = self._conditions(indices, wanted, x.device)
-        return self.denoiser.predict(clips, sigma.reshape(1), references, conditions, time_ids[None]).float()
+        return self.denoiser.predict(clips, sigma.reshape(1), references, conditions, time_ids).float()
+
+    def _time_ids(self, indices: list[int], wanted: list[int]) -> Tensor:
+        """Frame rate and the window's buckets, which are the mean of its frames': [1, 3], or [B, 3] if branches differ."""
+        buckets = self.speech.buckets[indices].mean(0)
+        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), buckets])
+        if self.neutral == (None, None) or NOTHING not in wanted:
+            return time_ids[None]
+        time_ids = time_ids.repeat(len(wanted), 1)
+        for column, bucket in enumerate(self.neutral, start=1):
+            if bucket is not None:
+                time_ids[wanted.index(NOTHING), column] = bucket
+        return time_ids
 
     def _conditions(self, indices: list[int], wanted: list[int], device: torch.device) -> Conditions:
         frames, mask = len(indices), self.still.mask

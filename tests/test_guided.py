@@ -42,13 +42,16 @@ def inputs(preset=TINY, masked=True) -> tuple[Portrait, Speech]:
     return still, Speech(tokens, random(preset.audio_tokens, width), buckets, fps=12.5)
 
 
-def one_by_one(denoiser, still, speech, x, sigma, indices, wanted) -> torch.Tensor:
+def one_by_one(denoiser, still, speech, x, sigma, indices, wanted, neutral=(None, None)) -> torch.Tensor:
     """Each branch as a call of its own, through `Denoiser.velocity`, as training computes it."""
     made = []
     for branch in wanted:
         seen = still.kept(torch.tensor([float(branch >= 1)]))
         tokens = speech.tokens[indices] if branch == 2 else speech.silence.expand(len(indices), -1, -1)
         buckets, fps = speech.buckets[indices].mean(0)[None], torch.tensor([speech.fps])
+        for column, bucket in enumerate(neutral):
+            if branch == 0 and bucket is not None:
+                buckets[0, column] = bucket
         made.append(denoiser.velocity(x[None], sigma[None], seen, tokens[None], buckets, fps)[0])
     return torch.stack(made)
 
@@ -67,6 +70,21 @@ def test_branches_are_what_separate_calls_give(preset, key_memory, masked):
             found = branches(x, sigma, indices, wanted)
             assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max()), wanted
         assert not torch.allclose(*one_by_one(denoiser, still, speech, x, sigma, indices, [1, 2]), atol=1e-3)
+
+
+@pytest.mark.parametrize("key_memory", [1.0, 0.0], ids=["kept keys", "no keys"])
+@pytest.mark.parametrize("neutral", [(None, 48.0), (20.0, None), (20.0, 48.0)])
+def test_neutral_buckets_are_those_of_the_branch_without_image_and_sound(neutral, key_memory):
+    denoiser, (still, speech) = denoiser_of(), inputs()
+    x, sigma, indices = torch.randn(WINDOW, *still.latent.shape[1:]), torch.tensor(1.7), [5, 6, 0, 1]
+    with torch.inference_mode():
+        branches = Branches(denoiser, still, speech, key_memory, neutral)
+        for wanted in ALL:
+            expected = one_by_one(denoiser, still, speech, x, sigma, indices, wanted, neutral)
+            found = branches(x, sigma, indices, wanted)
+            assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max()), wanted
+        usual = one_by_one(denoiser, still, speech, x, sigma, indices, [0])
+        assert not torch.allclose(branches(x, sigma, indices, [0]), usual, atol=1e-3 * usual.abs().max())
 
 
 def test_nothing_is_computed_twice(monkeypatch):
@@ -144,6 +162,7 @@ def test_a_pipeline_without_kept_keys_makes_the_same(tiny):
         ({"guidance_interval": "5"}, "two noise levels, LOW,HIGH"),
         ({"guidance_interval": "5,2"}, "begin with the lower"),
         ({"guidance_interval": (-1, 2)}, "at least 0"),
+        ({"neutral_expression": "all"}, "neutral_expression must be a number at least 0 and at most 127"),
         ({"key_memory": -1}, "key_memory must be a number at least 0"),
         ({"compile": "yes"}, "compile must be True or False"),
     ],
