@@ -36,7 +36,7 @@ from tqdm import tqdm
 from sonic import pipeline, unet
 from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH
 from sonic.checkpoints import open_checkpoint, training_checkpoints
-from sonic.config import SAMPLE_RATE, SHIPPED, TICK_RATE, Settings, SonicConfig
+from sonic.config import NONE, SAMPLE_RATE, SHIPPED, TICK_RATE, Settings, SonicConfig
 from sonic.dataset import pixels
 from sonic.flags import run
 from sonic.metrics import Evaluation, follow, measure, portrait_face
@@ -341,6 +341,9 @@ def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     ]
     plan += [Experiment(f"without {part}", {}, clips=SWEEP_CLIPS, without=part) for part in WITHOUT if part]
     plan.append(Experiment("without shift fusion", {"shift_offset": 0}, clips=SWEEP_CLIPS))
+    for bucket in (low, high):
+        held = {"expression_bucket": bucket, "translation_bucket": USUAL["translation"], "neutral_expression": NONE}
+        plan.append(Experiment(f"unguided expression bucket {bucket}", held, clips=CURVE_CLIPS))
     long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS, "curves": True}
     plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
     plan.append(Experiment("long with overlap", {"overlap": OVERLAP}, **long))

@@ -127,19 +127,35 @@ def keeps(results: Results) -> list[Row]:
     ]
 
 
+@dataclass
+class BucketChange:
+    """What becomes of motion and mouth from a low bucket to a high one."""
+
+    other: str  # the side whose bucket stays
+    growth: float  # of the side's own motion, times
+    leak: float  # of the other side's motion, share
+    r: float  # of the mouth's opening with the truth's
+
+    def __str__(self) -> str:
+        return f"{self.growth:.1f} ×; r {self.r:+.3f}; {self.other} {self.leak:+.0%}"
+
+
+def bucket_change(low: list[dict], high: list[dict], side: str, other: str) -> BucketChange:
+    growth, leak = (float(np.nanmedian(values(high, name) / values(low, name))) for name in (side, other))
+    r = float(np.nanmedian(values(high, "opening_r")) - np.nanmedian(values(low, "opening_r")))
+    return BucketChange(other, growth, leak - 1, r)
+
+
 def bucket_rows(results: Results) -> list[Row]:
     made = []
     for side, other in (("translation", "expression"), ("expression", "translation")):
-        low, high = (results[f"{side} bucket {bucket}"] for bucket in BUCKETS)
-        growth = np.nanmedian(values(high, side) / values(low, side))
-        leak = np.nanmedian(values(high, other) / values(low, other))
-        change = np.nanmedian(values(high, "opening_r")) - np.nanmedian(values(low, "opening_r"))
+        change = bucket_change(*(results[f"{side} bucket {bucket}"] for bucket in BUCKETS), side, other)
         made.append(
             Row(
                 f"{side} bucket works alone ({BUCKETS[0]} → {BUCKETS[1]})",
                 f"{side} motion ≥ 3 ×; mouth r changes ≤ 0.05; {other} motion ≤ 25 %",
-                f"{growth:.1f} ×; r {change:+.3f}; {other} {leak - 1:+.0%}",
-                bool(growth >= 3 and abs(change) <= 0.05 and abs(leak - 1) <= 0.25),
+                str(change),
+                bool(change.growth >= 3 and abs(change.r) <= 0.05 and abs(change.leak) <= 0.25),
             )
         )
     rows, room = results["predicted buckets"], results["predicted buckets with room"]

@@ -15,6 +15,7 @@ from lab_claims import (
     ROOM,
     Results,
     Row,
+    bucket_change,
     bucket_rows,
     closes,
     curve,
@@ -32,6 +33,7 @@ from lab_claims import (
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sonic.config import NONE
 from sonic.weights import ROOT, portable
 
 DOCUMENT, PLOTS = ROOT / "docs/lab.md", ROOT / "docs/lab"
@@ -101,7 +103,7 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
     if "audio guidance 0" in results:
         plot_guidance(results, settings["guidance_scale_audio"], PLOTS / "guidance.png")
         lines += ["![audio guidance](lab/guidance.png)", ""]
-    lines += [*ablation_table(results), *room_section(results, settings["crop"])]
+    lines += [*ablation_table(results), *guided_section(results, settings), *room_section(results, settings["crop"])]
     if curves:
         plot_training(curves, PLOTS / "training.png")
         steps = max(one["steps"][-1] for one in curves.values())
@@ -130,6 +132,30 @@ def build_note(checkpoint: Path) -> str:
     stages = ", ".join(f"{name.replace('_', ' ')} {time} min" for name, time in minutes.items())
     quality = f"VAE {build['vae']['psnr_unseen_mean']:.1f} dB on unseen faces"
     return "; ".join([f"seed {build['seed']}", stages, build["machine"], quality, *build.get("notes", [])])
+
+
+def guided_section(results: Results, settings: dict) -> list[str]:
+    """What guiding the expression bucket does to what it does."""
+    unguided, guided = ([f"{kind}expression bucket {bucket}" for bucket in BUCKETS] for kind in ("unguided ", ""))
+    if settings.get("neutral_expression") is None or not {*unguided, *guided} <= results.keys():
+        return []
+    clips = {row["clip"] for row in results[unguided[0]]}
+    lines = [
+        "## Guided buckets",
+        "",
+        f"The expression bucket from {BUCKETS[0]} to {BUCKETS[1]} as above, on {len(clips)} of the clips. With",
+        "`--neutral_expression none` all guidance branches have the same buckets, as published.",
+        "",
+        f"| neutral expression | expression motion | opening r, {BUCKETS[0]} | {BUCKETS[1]} | {BUCKETS[0]} → {BUCKETS[1]} |",
+        "|---|---|---|---|---|",
+    ]
+    for neutral, names in ((f"{settings['neutral_expression']:g}", guided), (NONE, unguided)):
+        low, high = ([row for row in results[name] if row["clip"] in clips] for name in names)
+        motion = " → ".join(spread(values(rows, "expression"), 3) for rows in (low, high))
+        r = " | ".join(spread(values(rows, "opening_r"), 3) for rows in (low, high))
+        change = bucket_change(low, high, "expression", "translation")
+        lines.append(f"| {neutral} | {motion} | {r} | {change} |")
+    return [*lines, ""]
 
 
 def room_section(results: Results, crop: float) -> list[str]:
