@@ -36,7 +36,7 @@ from tqdm import tqdm
 from sonic import pipeline, unet
 from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH
 from sonic.checkpoints import open_checkpoint, training_checkpoints
-from sonic.config import NONE, SAMPLE_RATE, SHIPPED, TICK_RATE, Settings, SonicConfig
+from sonic.config import SAMPLE_RATE, SHIPPED, TICK_RATE, Settings, SonicConfig
 from sonic.dataset import pixels
 from sonic.flags import run
 from sonic.metrics import Evaluation, follow, measure, portrait_face
@@ -322,8 +322,8 @@ def plain(value):
     return value
 
 
-def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
-    """All of them, the most telling first."""
+def experiments(settings: Settings, runs: list[Path], trials: list[Path]) -> list[Experiment]:
+    """All of them for a model of these settings, the most telling first."""
     low, high = BUCKETS
     plan = [
         Experiment("main", {}, curves=True),
@@ -341,9 +341,9 @@ def experiments(runs: list[Path], trials: list[Path]) -> list[Experiment]:
     ]
     plan += [Experiment(f"without {part}", {}, clips=SWEEP_CLIPS, without=part) for part in WITHOUT if part]
     plan.append(Experiment("without shift fusion", {"shift_offset": 0}, clips=SWEEP_CLIPS))
-    for bucket in (low, high):
-        held = {"expression_bucket": bucket, "translation_bucket": USUAL["translation"], "neutral_expression": NONE}
-        plan.append(Experiment(f"unguided expression bucket {bucket}", held, clips=CURVE_CLIPS))
+    for bucket in (low, high) if settings.expression_contrast else ():
+        held = {"expression_bucket": bucket, "translation_bucket": USUAL["translation"], "expression_contrast": 0}
+        plan.append(Experiment(f"uncontrasted expression bucket {bucket}", held, clips=CURVE_CLIPS))
     long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS, "curves": True}
     plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
     plan.append(Experiment("long with overlap", {"overlap": OVERLAP}, **long))
@@ -415,9 +415,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     runs = [folder.resolve() for folder in flags.runs]
     trials = sorted(folder.resolve() for folder in flags.trials if training_checkpoints(folder))
-    plan = experiments(runs, trials)
-    checkpoint, speech = str(flags.checkpoint.resolve()), flags.speech.resolve()
     settings = open_checkpoint(flags.checkpoint).settings
+    plan = experiments(settings, runs, trials)
+    checkpoint, speech = str(flags.checkpoint.resolve()), flags.speech.resolve()
     with ProcessPoolExecutor(flags.processes) as pool:
         for experiment in plan:
             if flags.only and not any(experiment.name.startswith(name) for name in flags.only):

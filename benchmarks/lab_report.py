@@ -33,7 +33,6 @@ from lab_claims import (
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sonic.config import NONE
 from sonic.weights import ROOT, portable
 
 DOCUMENT, PLOTS = ROOT / "docs/lab.md", ROOT / "docs/lab"
@@ -103,7 +102,7 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
     if "audio guidance 0" in results:
         plot_guidance(results, settings["guidance_scale_audio"], PLOTS / "guidance.png")
         lines += ["![audio guidance](lab/guidance.png)", ""]
-    lines += [*ablation_table(results), *guided_section(results, settings), *room_section(results, settings["crop"])]
+    lines += [*ablation_table(results), *contrast_section(results, settings), *room_section(results, settings["crop"])]
     if curves:
         plot_training(curves, PLOTS / "training.png")
         steps = max(one["steps"][-1] for one in curves.values())
@@ -134,27 +133,28 @@ def build_note(checkpoint: Path) -> str:
     return "; ".join([f"seed {build['seed']}", stages, build["machine"], quality, *build.get("notes", [])])
 
 
-def guided_section(results: Results, settings: dict) -> list[str]:
-    """What guiding the expression bucket does to what it does."""
-    unguided, guided = ([f"{kind}expression bucket {bucket}" for bucket in BUCKETS] for kind in ("unguided ", ""))
-    if settings.get("neutral_expression") is None or not {*unguided, *guided} <= results.keys():
+def contrast_section(results: Results, settings: dict) -> list[str]:
+    """What contrast makes of the expression bucket."""
+    plain, shown = ([f"{kind}expression bucket {bucket}" for bucket in BUCKETS] for kind in ("uncontrasted ", ""))
+    if not {*plain, *shown} <= results.keys():
         return []
-    clips = {row["clip"] for row in results[unguided[0]]}
+    clips = {row["clip"] for row in results[plain[0]]}
     lines = [
-        "## Guided buckets",
+        "## Contrast",
         "",
         f"The expression bucket from {BUCKETS[0]} to {BUCKETS[1]} as above, on {len(clips)} of the clips. With",
-        "`--neutral_expression none` all guidance branches have the same buckets, as published.",
+        "`--expression_contrast 0` all guidance branches have the same buckets, as published.",
         "",
-        f"| neutral expression | expression motion | opening r, {BUCKETS[0]} | {BUCKETS[1]} | {BUCKETS[0]} → {BUCKETS[1]} |",
-        "|---|---|---|---|---|",
+        "| contrast | expression motion | opening r | change |",
+        "|---|---|---|---|",
     ]
-    for neutral, names in ((f"{settings['neutral_expression']:g}", guided), (NONE, unguided)):
+    for contrast, names in ((settings["expression_contrast"], shown), (0, plain)):
         low, high = ([row for row in results[name] if row["clip"] in clips] for name in names)
-        motion = " → ".join(spread(values(rows, "expression"), 3) for rows in (low, high))
-        r = " | ".join(spread(values(rows, "opening_r"), 3) for rows in (low, high))
+        cells = [
+            " → ".join(spread(values(rows, name), 3) for rows in (low, high)) for name in ("expression", "opening_r")
+        ]
         change = bucket_change(low, high, "expression", "translation")
-        lines.append(f"| {neutral} | {motion} | {r} | {change} |")
+        lines.append(f"| {contrast:g} | {' | '.join(cells)} | {change} |")
     return [*lines, ""]
 
 

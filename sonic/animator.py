@@ -144,9 +144,9 @@ class Animator:
 
     def branches(self, still: Portrait, speech: Speech, settings: Settings) -> sampling.Branches:
         """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
-        neutral = settings.neutral_translation, settings.neutral_expression
+        contrast = settings.translation_contrast, settings.expression_contrast
         with self.autocast():
-            branches = Branches(self.denoiser, still, speech, self.key_memory, neutral)
+            branches = Branches(self.denoiser, still, speech, self.key_memory, contrast)
 
         def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
             with self.autocast():

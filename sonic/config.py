@@ -72,20 +72,15 @@ def _interval(value):
     return low, high
 
 
-NONE = "none"  # on the command line: None itself, where leaving the flag away means the checkpoint's own
+NO_CROP = "none"
 
 
-def or_none(check: Callable) -> Callable:
-    """Lets the word `none` through as well."""
-
-    def check_rest(value):
-        return value if value == NONE else check(value)
-
-    check_rest.metavar = check.metavar
-    return check_rest
+def _crop(value):
+    """A margin in face sizes, or the word that takes the whole picture."""
+    return value if value == NO_CROP else SCALE(value)
 
 
-OR_NONE = ("crop", "neutral_translation", "neutral_expression")  # the settings that take it
+_crop.metavar = SCALE.metavar
 
 
 @dataclass(frozen=True)
@@ -102,10 +97,8 @@ class Settings(Checked):
     num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
     guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _GUIDANCE)
     guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
-    neutral_translation: float | None = flag(
-        None, "translation bucket of the branch without image and audio; None: that of the others", BUCKET
-    )
-    neutral_expression: float | None = flag(None, "the same for the expression bucket", BUCKET)
+    translation_contrast: float = flag(0.0, "how far the translation bucket is guided away from its opposite", SCALE)
+    expression_contrast: float = flag(0.0, "the same for the expression bucket", SCALE)
     solver: str = flag("euler", "euler or dpmpp_2m", _SOLVER)
     guidance_interval: tuple[float, float] | None = flag(None, "noise levels with guidance; None: all", _interval)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
@@ -167,13 +160,13 @@ class SonicConfig(Checked):
     guidance_scale_audio: float | tuple[float, float] | None = flag(
         None, "audio guidance (released weights: 7.5), or FIRST,LAST to go linearly over the steps", _GUIDANCE
     )
-    neutral_translation: float | str | None = flag(
+    translation_contrast: float | None = flag(
         None,
-        "translation bucket that guidance leads away from, by the image scale, so that the one asked for does more; none: "
-        "the bucket is not guided (released)",
-        or_none(BUCKET),
+        "guides away from the opposite of the translation bucket as well: 0 not (released), 1 from an ordinary bucket, 2 from "
+        "its mirror image beyond that; needs an image guidance above 1",
+        SCALE,
     )
-    neutral_expression: float | str | None = flag(None, "the same for the expression bucket", or_none(BUCKET))
+    expression_contrast: float | None = flag(None, "the same for the expression bucket", SCALE)
     shift_offset: int | None = flag(
         None, "frames that the windows move per denoising step; 0 turns shift fusion off", WHOLE
     )
@@ -215,9 +208,7 @@ class SonicConfig(Checked):
         group=PICTURE,
     )
     crop: float | str | None = flag(
-        None,
-        "cut a square around the face, grown by this share of it on each side (released: 0.5), or none",
-        or_none(SCALE),
+        None, "cut a square around the face, grown by this share of it on each side (released: 0.5), or none", _crop
     )
     seed: int = flag(
         42,

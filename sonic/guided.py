@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sonic.denoiser import Denoiser, Portrait
+from sonic.motion import MAX_BUCKET
 from sonic.unet import Conditions, Projection, SonicUNet, gate_of
 
 NOTHING, IMAGE, SOUND = range(3)  # the branches: neither, the image, image and audio
-Buckets = tuple[float | None, float | None]  # translation, expression
+ORDINARY = 48.0  # a bucket of ordinary talking (SPEC.md section 6); training puppets have 39 and 52 on average
 
 
 class LongTokens:
@@ -95,16 +96,21 @@ class Branches:
     """What `sampling.sample` asks for velocities: (x [W, C, H, W], sigma, frame indices, wanted branches) -> [B, W, C, H, W]."""
 
     def __init__(
-        self, denoiser: Denoiser, still: Portrait, speech: Speech, key_memory: float, neutral: Buckets = (None, None)
+        self,
+        denoiser: Denoiser,
+        still: Portrait,
+        speech: Speech,
+        key_memory: float,
+        contrast: tuple[float, float] = (0.0, 0.0),
     ):
         """Projects keys and values if they take at most `key_memory` GB; else every call does it for its own frames.
 
-        neutral: translation and expression bucket of the branch without image and audio, so that guidance leads from there to
-        the speech's own; None: the same as in the others, as published. Ours; the idea is that of Ho and Salimans 2022,
-        "Classifier-free diffusion guidance", with ordinary motion for no condition.
+        contrast, of translation and expression: the branch without image and audio has the opposite of a bucket b, which guidance
+        so leads away from: b - contrast (b - 48). Ours, after Ho and Salimans 2022, "Classifier-free diffusion guidance"; 0:
+        published.
         Call it, and make it, in the autocast that the denoiser is to compute in.
         """
-        self.denoiser, self.still, self.speech, self.neutral = denoiser, still, speech, neutral
+        self.denoiser, self.still, self.speech, self.contrast = denoiser, still, speech, contrast
         dtype, device = denoiser.dtype, still.latent.device
         images = torch.stack([torch.zeros_like(still.clip), still.clip])  # [2, 1, D]
         self.images, self.silence = images.to(dtype), speech.silence.to(device, dtype)
@@ -136,13 +142,12 @@ class Branches:
     def _time_ids(self, indices: list[int], wanted: list[int]) -> Tensor:
         """Frame rate and the window's buckets, which are the mean of its frames': [1, 3], or [B, 3] if branches differ."""
         buckets = self.speech.buckets[indices].mean(0)
-        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), buckets])
-        if self.neutral == (None, None) or NOTHING not in wanted:
-            return time_ids[None]
+        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), buckets])[None]
+        if not any(self.contrast) or NOTHING not in wanted:
+            return time_ids
         time_ids = time_ids.repeat(len(wanted), 1)
-        for column, bucket in enumerate(self.neutral, start=1):
-            if bucket is not None:
-                time_ids[wanted.index(NOTHING), column] = bucket
+        opposite = buckets - buckets.new_tensor(self.contrast) * (buckets - ORDINARY)
+        time_ids[wanted.index(NOTHING), 1:] = opposite.clamp(0, MAX_BUCKET)
         return time_ids
 
     def _conditions(self, indices: list[int], wanted: list[int], device: torch.device) -> Conditions:

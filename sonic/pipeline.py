@@ -29,7 +29,7 @@ from sonic.audio import (
 )
 from sonic.blocks import compile_unet, lay_out
 from sonic.checkpoints import load_base, load_whisper, open_checkpoint
-from sonic.config import MOTION_SCALES, NONE, OR_NONE, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
+from sonic.config import MOTION_SCALES, NO_CROP, POSITIVE, TICK_RATE, Settings, SonicConfig, UserError
 from sonic.denoiser import Portrait
 from sonic.forecast import LONG, Forecast, Forecaster
 from sonic.guided import LongTokens, Speech, VideoKeys
@@ -390,7 +390,8 @@ class SonicPipeline:
         """The checkpoint's settings, with what the configuration says otherwise."""
         names = [field.name for field in dataclasses.fields(Settings) if hasattr(config, field.name)]
         said = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        said |= {name: None for name in OR_NONE if said.get(name) == NONE}
+        if said.get("crop") == NO_CROP:
+            said["crop"] = None
         settings = dataclasses.replace(self.settings, **said)
         if settings.overlap >= settings.num_frames:
             raise UserError(f"overlap {settings.overlap} must be below the window of {settings.num_frames} frames")
@@ -401,7 +402,7 @@ class SonicPipeline:
         said = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         said |= {name: value for name, value in dataclasses.asdict(settings).items() if name in said}
         said = {name: value for name, value in said.items() if name not in FIXED}
-        said |= {name: NONE for name in OR_NONE if said[name] is None}
+        said["crop"] = NO_CROP if settings.crop is None else settings.crop
         said["face_box"] = face_box if face_box is None or isinstance(face_box, str) else ",".join(map(str, face_box))
         return make_record(
             self.model,

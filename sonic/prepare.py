@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sonic.celebvhq import cut_clips
 from sonic.clips import Clip
-from sonic.config import NONE, POSITIVE, STEP, WHOLE, UserError
+from sonic.config import NO_CROP, POSITIVE, STEP, WHOLE, UserError
 from sonic.data_report import write_report
 from sonic.features import features_fit, make_features
 from sonic.flags import Checked, Parser, config_from, flag, number, run
@@ -263,7 +263,7 @@ def _clips(path: Path, measured: Measured, pieces: list[Piece], features: Path, 
                 measured.height,
                 offset=int(numbers["sync_shift"]),
                 area=tuple(int(numbers[edge]) for edge in ("left", "top", "right", "bottom")),
-                expand=WHOLE_PICTURE if screening.crop == NONE else screening.crop_expand,
+                expand=WHOLE_PICTURE if screening.crop == NO_CROP else screening.crop_expand,
                 max_bucket=screening.max_motion_bucket,
             )
         )

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from sonic.checkpoints import Checkpoint, training_checkpoints
-from sonic.config import NONE, UserError
+from sonic.config import NO_CROP, UserError
 from sonic.latents import CachedLatents, gb_per_hour, streamed
 from sonic.memory import Estimator, available_memory, require_memory, verdict
 from sonic.pieces import Screening
@@ -56,7 +56,7 @@ def for_this_run(start: Checkpoint, config: TrainingConfig, screening: Screening
         shift_offset=3 if config.frame_step == 1 else 7,  # SPEC.md section 5
         overlap=min(start.settings.overlap, config.num_frames - 1),
         # Training crops a square around the face, so animating should too.
-        crop=None if screening.crop == NONE else screening.crop_expand,
+        crop=None if screening.crop == NO_CROP else screening.crop_expand,
     )
     return dataclasses.replace(start, settings=settings)
 

@@ -97,8 +97,8 @@ FLAGS = {
     "seed": 7,
     "guidance_ramp": (0.5, 6.0),
     "guidance_interval": "0,1",
-    "neutral_translation": 100,
-    "neutral_expression": 0,
+    "translation_contrast": 2.0,
+    "expression_contrast": 2.0,
 }
 
 

@@ -42,14 +42,14 @@ def inputs(preset=TINY, masked=True) -> tuple[Portrait, Speech]:
     return still, Speech(tokens, random(preset.audio_tokens, width), buckets, fps=12.5)
 
 
-def one_by_one(denoiser, still, speech, x, sigma, indices, wanted, neutral=(None, None)) -> torch.Tensor:
+def one_by_one(denoiser, still, speech, x, sigma, indices, wanted, opposite=(None, None)) -> torch.Tensor:
     """Each branch as a call of its own, through `Denoiser.velocity`, as training computes it."""
     made = []
     for branch in wanted:
         seen = still.kept(torch.tensor([float(branch >= 1)]))
         tokens = speech.tokens[indices] if branch == 2 else speech.silence.expand(len(indices), -1, -1)
         buckets, fps = speech.buckets[indices].mean(0)[None], torch.tensor([speech.fps])
-        for column, bucket in enumerate(neutral):
+        for column, bucket in enumerate(opposite):
             if branch == 0 and bucket is not None:
                 buckets[0, column] = bucket
         made.append(denoiser.velocity(x[None], sigma[None], seen, tokens[None], buckets, fps)[0])
@@ -73,14 +73,23 @@ def test_branches_are_what_separate_calls_give(preset, key_memory, masked):
 
 
 @pytest.mark.parametrize("key_memory", [1.0, 0.0], ids=["kept keys", "no keys"])
-@pytest.mark.parametrize("neutral", [(None, 48.0), (20.0, None), (20.0, 48.0)])
-def test_neutral_buckets_are_those_of_the_branch_without_image_and_sound(neutral, key_memory):
+@pytest.mark.parametrize(
+    "buckets, contrast, opposite",
+    [
+        ((30, 20), (0, 1), (None, 48)),
+        ((30, 20), (0.5, 1.5), (39, 62)),
+        ((100, 100), (2, 0), (0, None)),
+        ((5, 5), (0, 4), (None, 128)),
+    ],
+)
+def test_the_branch_without_image_and_audio_has_the_opposite_buckets(buckets, contrast, opposite, key_memory):
     denoiser, (still, speech) = denoiser_of(), inputs()
+    speech.buckets[:] = torch.tensor(buckets)
     x, sigma, indices = torch.randn(WINDOW, *still.latent.shape[1:]), torch.tensor(1.7), [5, 6, 0, 1]
     with torch.inference_mode():
-        branches = Branches(denoiser, still, speech, key_memory, neutral)
+        branches = Branches(denoiser, still, speech, key_memory, contrast)
         for wanted in ALL:
-            expected = one_by_one(denoiser, still, speech, x, sigma, indices, wanted, neutral)
+            expected = one_by_one(denoiser, still, speech, x, sigma, indices, wanted, opposite)
             found = branches(x, sigma, indices, wanted)
             assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max()), wanted
         usual = one_by_one(denoiser, still, speech, x, sigma, indices, [0])
@@ -162,7 +171,7 @@ def test_a_pipeline_without_kept_keys_makes_the_same(tiny):
         ({"guidance_interval": "5"}, "two noise levels, LOW,HIGH"),
         ({"guidance_interval": "5,2"}, "begin with the lower"),
         ({"guidance_interval": (-1, 2)}, "at least 0"),
-        ({"neutral_expression": "all"}, "neutral_expression must be a number at least 0 and at most 127"),
+        ({"expression_contrast": "all"}, "expression_contrast must be a number at least 0"),
         ({"key_memory": -1}, "key_memory must be a number at least 0"),
         ({"compile": "yes"}, "compile must be True or False"),
     ],

@@ -206,20 +206,18 @@ def test_parts_are_switched_off_on_the_same_clips():
 
 def test_what_asks_for_the_usual_is_not_animated_twice():
     usual = open_checkpoint(ROOT / SHIPPED).settings
-    same = [one.name for one in lab.experiments([], []) if lab.is_main(one, usual)]
+    same = [one.name for one in lab.experiments(usual, [], []) if lab.is_main(one, usual)]
     assert same == [f"audio guidance {usual.guidance_scale_audio:g}"]
 
 
-def test_the_document_says_what_guiding_a_bucket_does():
+def test_the_document_says_what_contrast_does():
     found = results()
     for bucket, motion in ((16, 0.03), (112, 0.06)):
-        found[f"unguided expression bucket {bucket}"] = rows(2, expression=motion)
-    text = "\n".join(lab_report.guided_section(found, {"neutral_expression": 48.0}))
+        found[f"uncontrasted expression bucket {bucket}"] = rows(2, expression=motion)
+    text = "\n".join(lab_report.contrast_section(found, {"expression_contrast": 1.5}))
     assert "on 2 of the clips" in text
-    guided, none = text.splitlines()[-2:]
-    assert guided.startswith("| 48 | 0.020 (0.020 … 0.020) → 0.080") and guided.endswith(
-        "| 4.0 ×; r +0.000; translation +0% |"
-    )
-    assert none.startswith("| none | 0.030 (0.030 … 0.030) → 0.060") and "| 2.0 ×;" in none
-    assert lab_report.guided_section(found, {"neutral_expression": None}) == []
-    assert lab_report.guided_section(results(), {"neutral_expression": 48.0}) == []
+    with_it, without = text.splitlines()[-2:]
+    assert with_it.startswith("| 1.5 | 0.020 (0.020 … 0.020) → 0.080")
+    assert with_it.endswith("| 4.0 ×; r +0.000; translation +0% |")
+    assert without.startswith("| 0 | 0.030 (0.030 … 0.030) → 0.060") and "| 2.0 ×;" in without
+    assert lab_report.contrast_section(results(), {"expression_contrast": 1.5}) == []
