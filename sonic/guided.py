@@ -21,7 +21,7 @@ from sonic.motion import MAX_BUCKET
 from sonic.unet import Conditions, Projection, SonicUNet, gate_of
 
 NOTHING, IMAGE, SOUND = range(3)  # the branches: neither, the image, image and audio
-ORDINARY = 48.0  # a bucket of ordinary talking (SPEC.md section 6); training puppets have 39 and 52 on average
+ORDINARY = 48.0  # a bucket of ordinary talking (SPEC.md section 6)
 
 
 class LongTokens:
