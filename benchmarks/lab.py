@@ -74,6 +74,7 @@ DTYPE = "bf16"  # on CPUs that know it, two thirds of the time; the pictures dif
 USUAL = {"translation": 16, "expression": 48}  # buckets in the middle of what puppets do
 # What is kept of the first experiment's clips only.
 MAIN_ALONE = ("truth", "truth_through_vae", "opening", "truth_opening")
+NO_CONTRAST = {"expression_contrast": 0}
 NO_SCALE = {"dynamic_scale": 1.0}  # buckets as predicted or given, not 1.5 times that
 
 
@@ -341,9 +342,12 @@ def experiments(settings: Settings, runs: list[Path], trials: list[Path]) -> lis
     ]
     plan += [Experiment(f"without {part}", {}, clips=SWEEP_CLIPS, without=part) for part in WITHOUT if part]
     plan.append(Experiment("without shift fusion", {"shift_offset": 0}, clips=SWEEP_CLIPS))
-    for bucket in (low, high) if settings.expression_contrast else ():
-        held = {"expression_bucket": bucket, "translation_bucket": USUAL["translation"], "expression_contrast": 0}
-        plan.append(Experiment(f"uncontrasted expression bucket {bucket}", held, clips=CURVE_CLIPS))
+    if settings.expression_contrast:
+        plan += [
+            replace(one, name=f"uncontrasted {one.name}", overrides=one.overrides | NO_CONTRAST, clips=CURVE_CLIPS)
+            for one in plan
+            if one.name.startswith("expression bucket")
+        ]
     long = {"clips": LONG_CLIPS, "seconds": LONG_SECONDS, "curves": True}
     plan += [Experiment("long", {}, **long), Experiment("long without shift fusion", {"shift_offset": 0}, **long)]
     plan.append(Experiment("long with overlap", {"overlap": OVERLAP}, **long))

@@ -143,7 +143,7 @@ def contrast_section(results: Results, settings: dict) -> list[str]:
         "## Contrast",
         "",
         f"The expression bucket from {BUCKETS[0]} to {BUCKETS[1]} as above, on {len(clips)} of the clips. With",
-        "`--expression_contrast 0` all guidance branches have the same buckets, as published.",
+        "`--expression_contrast 0` all guidance branches have the same expression bucket, as published.",
         "",
         "| contrast | expression motion | opening r | change |",
         "|---|---|---|---|",
