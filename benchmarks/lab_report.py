@@ -144,7 +144,7 @@ def contrast_section(results: Results, settings: dict) -> list[str]:
         "",
         f"The expression bucket from {BUCKETS[0]} to {BUCKETS[1]} as above, on {len(clips)} of the clips. With",
         "`--expression_contrast 0` all guidance branches have the same expression bucket, as published, and with",
-        "`--expression_floor 0` the UNet is asked for the bucket as it is. Contrast and floor were chosen by trials on some of these",
+        "`--expression_floor 0` the UNet is asked for the bucket as it is. Both were chosen by trials on some of these",
         "clips; the weights have met none of them.",
         "",
         "| contrast, floor | expression motion | opening r | change |",
