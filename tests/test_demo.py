@@ -99,7 +99,6 @@ FLAGS = {
     "guidance_interval": "0,1",
     "translation_contrast": 2.0,
     "expression_contrast": 2.0,
-    "expression_floor": 120.0,
 }
 
 
