@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from sonic import pipeline, unet
 from sonic.audio import LONG_BEFORE, SHORT_BEFORE, SHORT_LENGTH
-from sonic.checkpoints import open_checkpoint, training_checkpoints
+from sonic.checkpoints import INDEX, open_checkpoint, training_checkpoints
 from sonic.config import SAMPLE_RATE, SHIPPED, TICK_RATE, Settings, SonicConfig
 from sonic.dataset import pixels
 from sonic.flags import run
@@ -373,7 +373,7 @@ def is_main(experiment: Experiment, settings: Settings) -> bool:
 def fingerprint(checkpoint: Path) -> str:
     """What tells two models apart: weights, and the settings that they are used with."""
     digest = hashlib.sha256()
-    for path in sorted([*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("sonic.json")]):
+    for path in sorted([*checkpoint.rglob("*.safetensors"), *checkpoint.rglob(INDEX)]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
