@@ -67,14 +67,14 @@ LONG_CLIPS, LONG_SECONDS = 2, 30.0
 SILENCE = (1.4, 2.8)  # seconds without speech, in the clips that ask for it
 PORTRAIT_SIZE = 256
 SEED = 9000  # of faces and excerpts; training clips have others
-GUIDANCE = (0.0, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
+GUIDANCE = (0.0, 1.0, 4.0, 10.0)  # and the model's own
 SWEEP_CLIPS = 12  # for what is compared over many settings
 CURVE_CLIPS = 6  # for every checkpoint of every run
 DTYPE = "bf16"  # on CPUs that know it, two thirds of the time; the pictures differ by less than the VAE's own error
 USUAL = {"translation": 16, "expression": 48}  # buckets in the middle of what puppets do
 # What is kept of the first experiment's clips only.
 MAIN_ALONE = ("truth", "truth_through_vae", "opening", "truth_opening")
-NO_CONTRAST = {"expression_contrast": 0}
+NO_CONTRAST = {"expression_contrast": 0, "expression_floor": 0}
 NO_SCALE = {"dynamic_scale": 1.0}  # buckets as predicted or given, not 1.5 times that
 
 
@@ -338,7 +338,7 @@ def experiments(settings: Settings, runs: list[Path], trials: list[Path]) -> lis
             plan.append(Experiment(f"{side} bucket {bucket}", held))
     plan += [
         Experiment(f"audio guidance {scale:g}", {"guidance_scale_audio": scale}, clips=SWEEP_CLIPS)
-        for scale in GUIDANCE
+        for scale in sorted({*GUIDANCE, settings.guidance_scale_audio})
     ]
     plan += [Experiment(f"without {part}", {}, clips=SWEEP_CLIPS, without=part) for part in WITHOUT if part]
     plan.append(Experiment("without shift fusion", {"shift_offset": 0}, clips=SWEEP_CLIPS))

@@ -38,7 +38,8 @@ from sonic.weights import ROOT
 CLIPS, SECONDS, SIZE = 1000, 2.4, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 6.0)
 STEPS, FURTHER_STEPS = 4500, 3600
-MORE_CLIPS, MORE_STEPS = 3000, 14400
+MORE_CLIPS, MORE_STEPS = 4600, 20500
+FINE_STEPS = 5700
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -64,9 +65,10 @@ TRAINING = {
 }
 # A second training goes on from the first one's end: at half its rate, without its beginning under much noise, and twice as fast
 # a step, as its pictures are encoded once. A third one does the same with puppets that the first two have not seen, and minds
-# faces more: what brows do weighs little in a picture.
+# faces more: what brows do weighs little in a picture. A last one looks where a likeness is lost, under little noise.
 FURTHER = {"learning_rate": 1e-3, "p_mean": "1.0,0.2", "cache_latents": True}
-MORE = FURTHER | {"face_loss_weight": 5}
+MORE = FURTHER | {"learning_rate": 1.5e-3, "p_mean": "1.2,0.2", "p_std": 1.3, "face_loss_weight": 8}
+FINE = MORE | {"learning_rate": 1e-3, "p_mean": "1.0,-0.3", "p_std": 1.4}
 
 
 class Build:
@@ -129,6 +131,9 @@ class Build:
     def more(self, folder: Path) -> dict:
         return self.train(folder, f"further/checkpoint-{FURTHER_STEPS}", "more_clips", MORE_STEPS, TRAINING | MORE)
 
+    def fine(self, folder: Path) -> dict:
+        return self.train(folder, f"more/checkpoint-{MORE_STEPS}", "more_clips", FINE_STEPS, TRAINING | FINE)
+
     def train(self, folder: Path, start: str, clips: str, steps: int, flags: dict) -> dict:
         options = [part for name, value in flags.items() for part in (f"--{name}", value) if part is not True]
         call(
@@ -144,7 +149,7 @@ class Build:
 
     def ship(self, output: Path) -> None:
         """Base model, Whisper and trained weights in fp16; the base's own UNet is only described, it is not needed."""
-        trained = open_checkpoint(self.work / f"more/checkpoint-{MORE_STEPS}")
+        trained = open_checkpoint(self.work / f"fine/checkpoint-{FINE_STEPS}")
         with atomic_folder(output) as target:
             here = replace(trained, base_model=Path("base"), whisper_path=Path("whisper"))
             save_model(target, trained.load().half(), here)
@@ -193,7 +198,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     build = Build(work, arguments.seed)
     try:
-        for name in ("speech", "clips", "vae", "start", "training", "further", "more_clips", "more"):
+        for name in ("speech", "clips", "vae", "start", "training", "further", "more_clips", "more", "fine"):
             build.stage(name, getattr(build, name))
     except subprocess.CalledProcessError as error:
         raise UserError(f"a stage of the build failed: {error}") from error

@@ -146,7 +146,7 @@ class Animator:
         """Guidance branches as one UNet call of as many clips: nothing; the image; image and audio (SPEC.md section 5)."""
         contrast = settings.translation_contrast, settings.expression_contrast
         with self.autocast():
-            branches = Branches(self.denoiser, still, speech, self.key_memory, contrast)
+            branches = Branches(self.denoiser, still, speech, self.key_memory, contrast, settings.expression_floor)
 
         def velocities(x: Tensor, sigma: Tensor, indices: list[int], wanted: list[int]) -> Tensor:
             with self.autocast():

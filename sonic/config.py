@@ -99,6 +99,7 @@ class Settings(Checked):
     guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
     translation_contrast: float = flag(0.0, "how far the translation bucket is guided away from its opposite", SCALE)
     expression_contrast: float = flag(0.0, "the same for the expression bucket", SCALE)
+    expression_floor: float = flag(0.0, "the least expression bucket that the UNet is asked for", BUCKET)
     solver: str = flag("euler", "euler or dpmpp_2m", _SOLVER)
     guidance_interval: tuple[float, float] | None = flag(None, "noise levels with guidance; None: all", _interval)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
@@ -167,6 +168,11 @@ class SonicConfig(Checked):
         SCALE,
     )
     expression_contrast: float | None = flag(None, "the same for the expression bucket", SCALE)
+    expression_floor: float | None = flag(
+        None,
+        "the least expression bucket that the UNet is asked for (released: 0); below it, expression_contrast alone calms a face",
+        BUCKET,
+    )
     shift_offset: int | None = flag(
         None, "frames that the windows move per denoising step; 0 turns shift fusion off", WHOLE
     )

@@ -102,15 +102,18 @@ class Branches:
         speech: Speech,
         key_memory: float,
         contrast: tuple[float, float] = (0.0, 0.0),
+        expression_floor: float = 0.0,
     ):
         """Projects keys and values if they take at most `key_memory` GB; else every call does it for its own frames.
 
         contrast, of translation and expression: the branch without image and audio has the opposite of a bucket b, which guidance
         so leads away from: b - contrast (b - 48). Ours, after Ho and Salimans 2022, "Classifier-free diffusion guidance"; 0:
-        published.
+        published. expression_floor: a lower expression bucket is taken to be this one, while its opposite stays what it was. Of
+        windows calmer than a speaking face a model has met pauses only, and asked for them it shuts the mouth. Ours.
         Call it, and make it, in the autocast that the denoiser is to compute in.
         """
-        self.denoiser, self.still, self.speech, self.contrast = denoiser, still, speech, contrast
+        self.denoiser, self.still, self.speech = denoiser, still, speech
+        self.contrast, self.expression_floor = contrast, expression_floor
         dtype, device = denoiser.dtype, still.latent.device
         images = torch.stack([torch.zeros_like(still.clip), still.clip])  # [2, 1, D]
         self.images, self.silence = images.to(dtype), speech.silence.to(device, dtype)
@@ -142,7 +145,8 @@ class Branches:
     def _time_ids(self, indices: list[int], wanted: list[int]) -> Tensor:
         """Frame rate and the window's buckets, which are the mean of its frames': [1, 3], or [B, 3] if branches differ."""
         buckets = self.speech.buckets[indices].mean(0)
-        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), buckets])[None]
+        asked = torch.maximum(buckets, buckets.new_tensor([0.0, self.expression_floor]))
+        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), asked])[None]
         if not any(self.contrast) or NOTHING not in wanted:
             return time_ids
         time_ids = time_ids.repeat(len(wanted), 1)

@@ -97,7 +97,7 @@ class Puppet:
         body.tint(body.glow(0.5 + neck, 0.72, 0.05, 0.2), self.shade, 0.55)
         body.tint(body.glow(0.5 - neck * 1.1, 0.72, 0.025, 0.2), self.shade, 0.45)
         body.tint(body.glow(0.5, 0.685, 0.12, 0.05), self.shade * 0.85, 0.95)  # the chin's shadow
-        cloth = hls(look.clothes_hue, 0.22 + 0.42 * look.clothes_lightness, 0.12 + 0.42 * look.clothes_saturation)
+        cloth = hls(look.clothes_hue, 0.1 + 0.7 * look.clothes_lightness, 0.12 + 0.42 * look.clothes_saturation)
         opening = 0.805 + 0.12 * look.neckline
         side = [
             (neck * 0.95, 0.748),

@@ -167,9 +167,9 @@ def speech_to_mouth(speech: np.ndarray, num_ticks: int, fps: float = TICK_RATE) 
 
 
 def articulation(expression_amplitude: float | np.ndarray) -> float | np.ndarray:
-    """How far a mouth goes along the law: half of it for a puppet without expression, all of it at amplitude 1, 1.2 at 2,
+    """How far a mouth goes along the law: 0.55 of it for a puppet without expression, all of it at amplitude 1, 1.2 at 2,
     1.7 at most."""
-    return np.minimum(0.5 + 0.5 * np.sqrt(expression_amplitude), 1.7)
+    return np.minimum(0.55 + 0.45 * np.sqrt(expression_amplitude), 1.7)
 
 
 def random_motion(

@@ -66,7 +66,7 @@ def test_no_brightness_strobe_at_chunk_borders():
     has them for several clips.
     """
     animator = SonicPipeline(SonicConfig(device="cpu")).animator
-    with torch.inference_mode(), VideoReader(EXAMPLES / "clips/puppet_0000.mp4") as reader:
+    with torch.inference_mode(), VideoReader(EXAMPLES / "clips/puppet_0001.mp4") as reader:
         pictures = np.stack([picture for _, picture in reader.frames(range(23), max_side=128)])
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         assert pixels.shape[-2:] == (128, 128)

@@ -17,7 +17,7 @@ def test_released_settings():
     settings = Settings()
     assert (settings.frame_step, settings.resolution, settings.num_frames, settings.shift_offset) == (2, 512, 25, 7)
     assert (settings.guidance_scale_image, settings.guidance_scale_audio) == (2.0, 7.5)
-    assert settings.translation_contrast == settings.expression_contrast == 0
+    assert settings.translation_contrast == settings.expression_contrast == settings.expression_floor == 0
     assert settings.crop is None and settings.overlap == 0
     assert PRESETS["svd-xt"].settings == settings
 

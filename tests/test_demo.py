@@ -99,6 +99,7 @@ FLAGS = {
     "guidance_interval": "0,1",
     "translation_contrast": 2.0,
     "expression_contrast": 2.0,
+    "expression_floor": 120.0,
 }
 
 

@@ -96,6 +96,19 @@ def test_the_branch_without_image_and_audio_has_the_opposite_buckets(buckets, co
         assert not torch.allclose(branches(x, sigma, indices, [0]), usual, atol=1e-3 * usual.abs().max())
 
 
+@pytest.mark.parametrize("bucket, asked, opposite", [(10, 24, 29), (24, 24, 36), (90, 90, 69)])
+def test_a_bucket_below_the_floor_is_asked_for_as_the_floor(bucket, asked, opposite):
+    """Its opposite stays what it was, and the bucket of the other kind too."""
+    denoiser, (still, speech) = denoiser_of(), inputs()
+    x, sigma, indices = torch.randn(WINDOW, *still.latent.shape[1:]), torch.tensor(1.7), [5, 6, 0, 1]
+    with torch.inference_mode():
+        speech.buckets[:] = torch.tensor([5.0, asked])
+        expected = one_by_one(denoiser, still, speech, x, sigma, indices, [0, 1, 2], (None, opposite))
+        speech.buckets[:] = torch.tensor([5.0, bucket])
+        found = Branches(denoiser, still, speech, 1.0, (0.0, 0.5), 24.0)(x, sigma, indices, [0, 1, 2])
+        assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
+
+
 def test_nothing_is_computed_twice(monkeypatch):
     """Before the first cross-attention two of three branches are one; keys are projected once per video."""
     denoiser, (still, speech) = denoiser_of(), inputs()
