@@ -222,3 +222,12 @@ def test_the_document_says_what_contrast_does():
     assert with_it.endswith("| 4.0 ×; r +0.000; translation +0% |")
     assert without.startswith("| 0, 0 | 0.030 (0.030 … 0.030) → 0.060") and "| 2.0 ×;" in without
     assert lab_report.contrast_section(results(), settings) == []
+
+
+def test_other_settings_or_weights_begin_anew(tmp_path):
+    names = []
+    for weights, settings in ((b"a", "{}"), (b"a", '{"overlap": 2}'), (b"b", "{}"), (b"a", "{}")):
+        (tmp_path / "unet.safetensors").write_bytes(weights)
+        (tmp_path / "sonic.json").write_text(settings)
+        names.append(lab.fingerprint(tmp_path))
+    assert len(set(names[:3])) == 3 and names[3] == names[0]
