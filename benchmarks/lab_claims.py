@@ -137,7 +137,7 @@ class BucketChange:
     r: float  # of the mouth's opening with the truth's
 
     def __str__(self) -> str:
-        return f"{self.growth:.1f} ×; r {self.r:+.3f}; {self.other} {self.leak:+.0%}"
+        return f"{self.growth:.2f} ×; r {self.r:+.3f}; {self.other} {self.leak:+.0%}"
 
 
 def bucket_change(low: list[dict], high: list[dict], side: str, other: str) -> BucketChange:

@@ -219,8 +219,8 @@ def test_the_document_says_what_contrast_does():
     assert "on 2 of the clips" in text
     with_it, without = text.splitlines()[-2:]
     assert with_it.startswith("| 1.5, 24 | 0.020 (0.020 … 0.020) → 0.080")
-    assert with_it.endswith("| 4.0 ×; r +0.000; translation +0% |")
-    assert without.startswith("| 0, 0 | 0.030 (0.030 … 0.030) → 0.060") and "| 2.0 ×;" in without
+    assert with_it.endswith("| 4.00 ×; r +0.000; translation +0% |")
+    assert without.startswith("| 0, 0 | 0.030 (0.030 … 0.030) → 0.060") and "| 2.00 ×;" in without
     assert lab_report.contrast_section(results(), settings) == []
 
 
