@@ -404,12 +404,17 @@ def test_twenty_visitors_leave_nothing_behind(server, good):
     for _ in range(2):  # until what is made once has been made
         crowd(server, good)
     assert server.animate(*good)[0] == "complete"
-    before = server.memory()
-    ends = crowd(server, good)
-    assert ends[::2] == ["complete"] * (VISITORS // 2) and set(ends[1::2]) == {"left"}, ends
-    assert server.animate(*good)[0] == "complete"  # no earlier than the jobs of those who left have ended
-    time.sleep(1)
-    assert server.memory() < 1.1 * before, (before, server.memory())
+    sizes = [server.memory()]
+    for _ in range(4):  # what is left behind comes with every crowd, another arena of the allocator with one
+        ends = crowd(server, good)
+        assert ends[::2] == ["complete"] * (VISITORS // 2) and set(ends[1::2]) == {"left"}, ends
+        assert server.animate(*good)[0] == "complete"  # no earlier than the jobs of those who left have ended
+        time.sleep(1)
+        sizes.append(server.memory())
+        if sizes[-1] < 1.05 * sizes[-2]:
+            break
+    else:
+        pytest.fail(f"every crowd leaves something behind: {sizes} MB")
     threads = psutil.Process(server.process.pid).num_threads()
     assert threads < 120, threads
 
