@@ -1,6 +1,7 @@
 """Decoding without seams, news while it works, and ends that leave nothing behind."""
 
 import gc
+import sys
 import weakref
 from itertools import pairwise
 
@@ -9,13 +10,15 @@ import psutil
 import pytest
 import soundfile
 import torch
-from conftest import EXAMPLES, voice
+from conftest import EXAMPLES, ROOT, voice
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import chunks
 
 from sonic import unfinished
-from sonic.animator import DECODE_OVERLAP, Animator, Progress, Told, decode_pieces, duration, to_pictures
+from sonic.animator import DECODE_OVERLAP, Animator, Progress, Told, decode_pieces, duration
 from sonic.config import SonicConfig, UserError
-from sonic.media import VideoReader
-from sonic.metrics import find_seams, frame_differences
 from sonic.pipeline import SonicPipeline
 
 PORTRAIT = EXAMPLES / "portrait.jpg"
@@ -66,26 +69,11 @@ def test_no_brightness_strobe_at_chunk_borders():
     has them for several clips.
     """
     animator = SonicPipeline(SonicConfig(device="cpu")).animator
-    with torch.inference_mode(), VideoReader(EXAMPLES / "clips/puppet_0001.mp4") as reader:
-        pictures = np.stack([picture for _, picture in reader.frames(range(23), max_side=128)])
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        assert pixels.shape[-2:] == (128, 128)
-        latents = torch.cat([animator.base.latents(picture[None]) for picture in pixels])
-        latents = latents * animator.base.vae.config.scaling_factor
-        whole, plain, faded = (
-            to_pictures(torch.cat(list(animator.decode_pixels(latents, chunk, overlap))))
-            for chunk, overlap in ((23, 0), (8, 0), (8, DECODE_OVERLAP))
-        )
-
-    def strobe(made):
-        """The largest step of the brightness from one frame to the next, of 255, beyond that of the whole."""
-        return np.abs(np.diff(made.mean((1, 2, 3)) - whole.mean((1, 2, 3)))).max()
-
-    def seam(made, period):
-        return find_seams(frame_differences(made), period).ratios[0]
-
-    assert strobe(plain) > 0.15 and strobe(faded) < 0.1
-    assert seam(faded, 8 - DECODE_OVERLAP) < 1.1 * seam(whole, 8 - DECODE_OVERLAP)
+    kinds = (8, 0), (8, DECODE_OVERLAP)
+    whole, plain, faded = chunks.decoded(animator, EXAMPLES / "clips/puppet_0001.mp4", 23, kinds)
+    assert whole.shape == plain.shape == faded.shape == (23, 128, 128, 3)
+    assert chunks.strobe(plain, whole) > 0.15 and chunks.strobe(faded, whole) < 0.1
+    assert chunks.seam(faded, whole, 8 - DECODE_OVERLAP) < 1.1
 
 
 def test_latents_of_a_long_video_stay_where_they_are_put(pipeline, speech):
