@@ -20,10 +20,12 @@ import torch
 
 from sonic.animator import Animator, to_pictures
 from sonic.config import SonicConfig
+from sonic.dataset import pixels
 from sonic.flags import run
 from sonic.media import VideoReader
 from sonic.metrics import find_seams, frame_differences
 from sonic.pipeline import SonicPipeline
+from sonic.training import encode_frames
 from sonic.weights import ROOT
 
 CHUNKS = ((8, 0), (8, 3), (8, 4), (10, 0), (10, 3), (10, 5))  # frames of a chunk, and how many the next has in common
@@ -33,9 +35,8 @@ def decoded(animator: Animator, clip: Path, frames: int, chunks: tuple[tuple[int
     """The first frames of a clip through the VAE, at once and then in each kind of chunks: uint8 [frames, 128, 128, 3] each."""
     with torch.inference_mode(), VideoReader(clip) as reader:
         pictures = np.stack([picture for _, picture in reader.frames(range(frames), max_side=128)])
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = torch.cat([animator.base.latents(picture[None]) for picture in pixels])
-        latents = latents * animator.base.vae.config.scaling_factor
+        base = animator.base
+        latents = encode_frames(base, pixels(pictures)) * base.vae.config.scaling_factor
         return [
             to_pictures(torch.cat(list(animator.decode_pixels(latents, chunk, overlap))))
             for chunk, overlap in ((frames, 0), *chunks)
