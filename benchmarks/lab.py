@@ -279,7 +279,7 @@ def predict_buckets(experiment: Experiment, index: int, checkpoint: str, speech_
     true, predicted = [], []
     for first in range(0, len(frames) - frames_of_window + 1, frames_of_window):
         ticks = torch.arange(first, first + frames_of_window)
-        predicted.append(model.motion_buckets(features, ticks, seen, unscaled).mean(0).tolist())
+        predicted.append(model.motion_buckets(features, ticks, seen, unscaled)[1].mean(0).tolist())
         true.append(motion_buckets(landmarks[first : first + frames_of_window]))
     return plain({"clip": index, "true": np.array(true), "predicted": np.array(predicted)})
 

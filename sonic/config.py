@@ -97,9 +97,11 @@ class Settings(Checked):
     num_inference_steps: int = flag(25, "denoising steps", POSITIVE)
     guidance_scale_image: float | tuple[float, float] = flag(2.0, "image guidance", _GUIDANCE)
     guidance_scale_audio: float | tuple[float, float] = flag(7.5, "audio guidance", _GUIDANCE)
-    translation_contrast: float = flag(0.0, "how far the translation bucket is guided away from its opposite", SCALE)
+    translation_contrast: float = flag(
+        0.0, "how far a translation bucket set by hand is guided away from its opposite", SCALE
+    )
     expression_contrast: float = flag(0.0, "the same for the expression bucket", SCALE)
-    expression_floor: float = flag(0.0, "the least expression bucket that the UNet is asked for", BUCKET)
+    expression_floor: float = flag(0.0, "the least expression bucket set by hand that the UNet is asked for", BUCKET)
     solver: str = flag("euler", "euler or dpmpp_2m", _SOLVER)
     guidance_interval: tuple[float, float] | None = flag(None, "noise levels with guidance; None: all", _interval)
     decode_chunk_size: int = flag(8, "frames that the VAE decodes at once", POSITIVE)
@@ -163,14 +165,15 @@ class SonicConfig(Checked):
     )
     translation_contrast: float | None = flag(
         None,
-        "guides away from the opposite of the translation bucket as well: 0 not (released), 1 from an ordinary bucket, 2 from "
+        "guides away from the opposite of a translation bucket set by hand: 0 not (released), 1 from the predicted one, 2 from "
         "its mirror image beyond that; needs an image guidance above 1",
         SCALE,
     )
     expression_contrast: float | None = flag(None, "the same for the expression bucket", SCALE)
     expression_floor: float | None = flag(
         None,
-        "the least expression bucket that the UNet is asked for (released: 0); below it, expression_contrast alone calms a face",
+        "the least expression bucket set by hand that the UNet is asked for (released: 0); below it, expression_contrast alone "
+        "calms a face",
         BUCKET,
     )
     shift_offset: int | None = flag(

@@ -21,7 +21,6 @@ from sonic.motion import MAX_BUCKET
 from sonic.unet import Conditions, Projection, SonicUNet, gate_of
 
 NOTHING, IMAGE, SOUND = range(3)  # the branches: neither, the image, image and audio
-ORDINARY = 48.0  # a bucket of ordinary talking (SPEC.md section 6)
 
 
 class LongTokens:
@@ -39,12 +38,18 @@ class LongTokens:
 
 @dataclass
 class Speech:
-    """The spoken side of a condition: audio tokens [N, K, D], those of silence [K, D], motion buckets [N, 2], frames per second."""
+    """The spoken side of a condition: audio tokens [N, K, D], those of silence [K, D], motion buckets [N, 2], frames per second,
+    and the buckets [N, 2] that portrait and speech have by themselves, where others were set by hand (default: `buckets`)."""
 
     tokens: Tensor | LongTokens
     silence: Tensor
     buckets: Tensor
     fps: float
+    own_buckets: Tensor | None = None
+
+    def __post_init__(self):
+        if self.own_buckets is None:
+            self.own_buckets = self.buckets
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -106,14 +111,17 @@ class Branches:
     ):
         """Projects keys and values if they take at most `key_memory` GB; else every call does it for its own frames.
 
-        contrast, of translation and expression: the branch without image and audio has the opposite of a bucket b, which guidance
-        so leads away from: b - contrast (b - 48). Ours, after Ho and Salimans 2022, "Classifier-free diffusion guidance"; 0:
-        published. expression_floor: a lower expression bucket is taken to be this one, while its opposite stays what it was. Of
-        windows calmer than a speaking face a model has met pauses only, and asked for them it shuts the mouth. Ours.
+        contrast, of translation and expression: where a bucket b was set by hand, the branch without image and audio has its
+        opposite, b - contrast (b - the face's own), which guidance so leads away from. Ours, after Ho and Salimans 2022,
+        "Classifier-free diffusion guidance"; 0: published. expression_floor: an expression bucket set below it and below the
+        face's own is taken to be the lower of these two, while its opposite stays what it was. Of windows calmer than a speaking
+        face a model has met pauses only, and asked for them it shuts the mouth. Ours.
         Call it, and make it, in the autocast that the denoiser is to compute in.
         """
         self.denoiser, self.still, self.speech = denoiser, still, speech
-        self.contrast, self.expression_floor = contrast, expression_floor
+        by_hand = not torch.equal(speech.buckets, speech.own_buckets)
+        self.contrast = contrast if by_hand else (0.0, 0.0)  # without any, branches share their first layers
+        self.expression_floor = expression_floor
         dtype, device = denoiser.dtype, still.latent.device
         images = torch.stack([torch.zeros_like(still.clip), still.clip])  # [2, 1, D]
         self.images, self.silence = images.to(dtype), speech.silence.to(device, dtype)
@@ -144,13 +152,13 @@ class Branches:
 
     def _time_ids(self, indices: list[int], wanted: list[int]) -> Tensor:
         """Frame rate and the window's buckets, which are the mean of its frames': [1, 3], or [B, 3] if branches differ."""
-        buckets = self.speech.buckets[indices].mean(0)
-        asked = torch.maximum(buckets, buckets.new_tensor([0.0, self.expression_floor]))
-        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), asked])[None]
+        buckets, own = self.speech.buckets[indices].mean(0), self.speech.own_buckets[indices].mean(0)
+        lowest = torch.minimum(own, buckets.new_tensor([0.0, self.expression_floor]))
+        time_ids = torch.cat([buckets.new_tensor([self.speech.fps]), torch.maximum(buckets, lowest)])[None]
         if not any(self.contrast) or NOTHING not in wanted:
             return time_ids
         time_ids = time_ids.repeat(len(wanted), 1)
-        opposite = buckets - buckets.new_tensor(self.contrast) * (buckets - ORDINARY)
+        opposite = buckets - buckets.new_tensor(self.contrast) * (buckets - own)
         time_ids[wanted.index(NOTHING), 1:] = opposite.clamp(0, MAX_BUCKET)
         return time_ids
 

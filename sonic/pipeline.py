@@ -284,11 +284,13 @@ class SonicPipeline:
             chosen=config.decode_chunk_size is not None,
         )
         still = self.animator.encode_portrait(portrait)
+        buckets, own_buckets = self.motion_buckets(features, ticks, still.clip, config)
         speech = Speech(
             self.audio_tokens(features, ticks),
             self.animator.denoiser.audio2token.silence(),
-            self.motion_buckets(features, ticks, still.clip, config),
-            fps=TICK_RATE / settings.frame_step,
+            buckets,
+            TICK_RATE / settings.frame_step,
+            own_buckets,
         )
         settings = dataclasses.replace(settings, decode_chunk_size=forecast.chunk)
         record = self._record(config, settings, reference_image, face_box)
@@ -344,7 +346,8 @@ class SonicPipeline:
             files,
         ]
         digest = hashlib.sha256(json.dumps(said).encode())
-        for tensor in (job.still.latent, job.still.clip, job.still.mask, job.speech.buckets, features.features):
+        still, speech = job.still, job.speech
+        for tensor in (still.latent, still.clip, still.mask, speech.buckets, speech.own_buckets, features.features):
             digest.update(tensor.float().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -360,19 +363,24 @@ class SonicPipeline:
             return LongTokens(ticks, make)
         return torch.cat([make(part) for part in ticks.split(TOKEN_BATCH)])
 
-    def motion_buckets(self, features: Tensor, ticks: Tensor, clip: Tensor, config: SonicConfig) -> Tensor:
-        """Translation and expression bucket per frame [N, 2]: predicted or given by hand, times the dynamic scale."""
+    def motion_buckets(
+        self, features: Tensor, ticks: Tensor, clip: Tensor, config: SonicConfig
+    ) -> tuple[Tensor, Tensor]:
+        """Translation and expression bucket per frame [N, 2], as asked for (predicted or set by hand) and as predicted; both
+        times the dynamic scale."""
         audio2bucket = self.animator.denoiser.audio2bucket
         dtype = audio2bucket.proj1.weight.dtype
         predicted = []
         for part in ticks.split(TOKEN_BATCH):
             windows = long_windows(features, part).to(self.device, dtype)
             predicted.append(audio2bucket.buckets(windows, clip.to(dtype).expand(len(part), -1)))
-        buckets = torch.cat(predicted)[:, :2].float()
+        own = torch.cat(predicted)[:, :2].float()
+        buckets = own.clone()
         for column, by_hand in enumerate((config.translation_bucket, config.expression_bucket)):
             if by_hand is not None:
                 buckets[:, column] = by_hand
-        return buckets * (MOTION_SCALES[config.motion] if config.dynamic_scale is None else config.dynamic_scale)
+        scale = MOTION_SCALES[config.motion] if config.dynamic_scale is None else config.dynamic_scale
+        return buckets * scale, own * scale
 
     def _config(self, overrides: dict, motion_buckets: dict[str, float] | None) -> SonicConfig:
         """This call's configuration. A value of another model or device is refused, an unknown name too."""

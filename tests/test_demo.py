@@ -109,10 +109,21 @@ def plain(pipeline, speech):
     return pipeline.generate(PORTRAIT, pipeline.extract_audio_features(speech))
 
 
+FOR_BUCKETS_BY_HAND = ("translation_contrast", "expression_contrast", "expression_floor")
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_setting_has_an_effect(pipeline, speech, plain, name):
-    flag = "guidance_scale_audio" if name == "guidance_ramp" else name
-    other = pipeline.generate(PORTRAIT, pipeline.extract_audio_features(speech), **{flag: FLAGS[name]})
+    flag, features = (
+        "guidance_scale_audio" if name == "guidance_ramp" else name,
+        pipeline.extract_audio_features(speech),
+    )
+    other = pipeline.generate(PORTRAIT, features, **{flag: FLAGS[name]})
+    if name in FOR_BUCKETS_BY_HAND:
+        assert np.array_equal(other.frames, plain.frames)
+        by_hand = {"translation_bucket": 100, "expression_bucket": 5}
+        plain = pipeline.generate(PORTRAIT, features, **by_hand)
+        other = pipeline.generate(PORTRAIT, features, **by_hand, **{name: FLAGS[name]})
     assert other.frames.shape != plain.frames.shape or not np.array_equal(other.frames, plain.frames)
 
 
@@ -196,12 +207,14 @@ def test_buckets_by_hand_are_scaled(pipeline, speech):
     features = pipeline.extract_audio_features(speech)
     ticks, clip = torch.arange(5), torch.randn(1, 16)
     with torch.no_grad():
-        predicted = pipeline.motion_buckets(features.features, ticks, clip, SonicConfig(dynamic_scale=1))
-        by_hand = pipeline.motion_buckets(
+        asked, predicted = pipeline.motion_buckets(features.features, ticks, clip, SonicConfig(dynamic_scale=1))
+        assert torch.equal(asked, predicted)
+        by_hand, own = pipeline.motion_buckets(
             features.features, ticks, clip, SonicConfig(motion="intense", translation_bucket=30)
         )
     assert torch.equal(by_hand[:, 0], torch.full((5,), 60.0))
     assert torch.allclose(by_hand[:, 1], predicted[:, 1] * 2)
+    assert torch.allclose(own, predicted * 2)
 
 
 OWN = """

@@ -77,14 +77,16 @@ def test_branches_are_what_separate_calls_give(preset, key_memory, masked):
     "buckets, contrast, opposite",
     [
         ((30, 20), (0, 1), (None, 48)),
-        ((30, 20), (0.5, 1.5), (39, 62)),
+        ((30, 20), (0.5, 1.5), (35, 62)),
         ((100, 100), (2, 0), (0, None)),
         ((5, 5), (0, 4), (None, 128)),
     ],
 )
 def test_the_branch_without_image_and_audio_has_the_opposite_buckets(buckets, contrast, opposite, key_memory):
+    """Opposite as seen from the buckets that the face has by itself."""
     denoiser, (still, speech) = denoiser_of(), inputs()
     speech.buckets[:] = torch.tensor(buckets)
+    speech.own_buckets = torch.tensor([40.0, 48.0]).expand(FRAMES, -1)
     x, sigma, indices = torch.randn(WINDOW, *still.latent.shape[1:]), torch.tensor(1.7), [5, 6, 0, 1]
     with torch.inference_mode():
         branches = Branches(denoiser, still, speech, key_memory, contrast)
@@ -96,15 +98,30 @@ def test_the_branch_without_image_and_audio_has_the_opposite_buckets(buckets, co
         assert not torch.allclose(branches(x, sigma, indices, [0]), usual, atol=1e-3 * usual.abs().max())
 
 
-@pytest.mark.parametrize("bucket, asked, opposite", [(10, 24, 29), (24, 24, 36), (90, 90, 69)])
-def test_a_bucket_below_the_floor_is_asked_for_as_the_floor(bucket, asked, opposite):
-    """Its opposite stays what it was, and the bucket of the other kind too."""
+def test_buckets_that_nobody_set_are_those_of_all_branches():
+    """Contrast and floor are for what is set by hand: without it, sampling is as published."""
+    denoiser, (still, speech) = denoiser_of(), inputs()
+    speech.buckets[:, 1] = 10
+    x, sigma, indices = torch.randn(WINDOW, *still.latent.shape[1:]), torch.tensor(1.7), [5, 6, 0, 1]
+    with torch.inference_mode():
+        expected = one_by_one(denoiser, still, speech, x, sigma, indices, [0, 1, 2])
+        found = Branches(denoiser, still, speech, 1.0, (1.0, 2.0), 24.0)(x, sigma, indices, [0, 1, 2])
+    assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    "bucket, own, asked, opposite",
+    [(10, 48, 24, 29), (24, 48, 24, 36), (90, 48, 90, 69), (10, 20, 20, 15), (22, 20, 22, 21)],
+)
+def test_a_bucket_below_the_floor_is_asked_for_as_the_floor(bucket, own, asked, opposite):
+    """Or as the face's own, where that is lower. Its opposite stays what it was, and the bucket of the other kind too."""
     denoiser, (still, speech) = denoiser_of(), inputs()
     x, sigma, indices = torch.randn(WINDOW, *still.latent.shape[1:]), torch.tensor(1.7), [5, 6, 0, 1]
     with torch.inference_mode():
         speech.buckets[:] = torch.tensor([5.0, asked])
         expected = one_by_one(denoiser, still, speech, x, sigma, indices, [0, 1, 2], (None, opposite))
         speech.buckets[:] = torch.tensor([5.0, bucket])
+        speech.own_buckets = torch.tensor([5.0, own]).expand(FRAMES, -1)
         found = Branches(denoiser, still, speech, 1.0, (0.0, 0.5), 24.0)(x, sigma, indices, [0, 1, 2])
         assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
 
