@@ -39,7 +39,7 @@ CLIPS, SECONDS, SIZE = 1000, 2.4, 192
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 6.0)
 STEPS, FURTHER_STEPS = 4500, 3600
 MORE_CLIPS, MORE_STEPS = 4600, 20500
-FINE_STEPS = 5700
+FINE_STEPS = 15700
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -68,7 +68,7 @@ TRAINING = {
 # faces more: what brows do weighs little in a picture. A last one looks where a likeness is lost, under little noise.
 FURTHER = {"learning_rate": 1e-3, "p_mean": "1.0,0.2", "cache_latents": True}
 MORE = FURTHER | {"learning_rate": 1.5e-3, "p_mean": "1.2,0.2", "p_std": 1.3, "face_loss_weight": 8}
-FINE = MORE | {"learning_rate": 1e-3, "p_mean": "1.0,-0.3", "p_std": 1.4}
+FINE = MORE | {"learning_rate": 1e-3, "p_mean": "1.0,0.0", "p_std": 1.4}
 
 
 class Build:

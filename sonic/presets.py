@@ -90,15 +90,15 @@ PRESETS = {
             frame_step=1,
             resolution=128,
             shift_offset=3,
-            num_inference_steps=12,
-            guidance_scale_audio=2.5,
+            num_inference_steps=8,
+            guidance_scale_audio=1.8,
             translation_contrast=0.25,
-            expression_contrast=1.5,
-            expression_floor=24.0,
+            expression_contrast=4.0,
+            expression_floor=28.0,
             decode_chunk_size=10,
             crop=0.5,
         ),
-        # Where pictures of this size are decided; of 12 steps over SVD's range, half change nothing and the others are too long.
+        # Where pictures of this size are decided: over SVD's range, half of the steps change nothing and the others are too long.
         scheduler=SCHEDULER | {"sigma_max": 40.0, "sigma_min": 0.05},
         unet={
             "sample_size": 16,
