@@ -36,8 +36,9 @@ MARGIN = 0.5  # of the crop, as in training and animating
 CLIPS, LENGTH = 500, 10  # puppets to learn from, frames of each
 # (share of the steps, part of the picture's side, frames of a step, lengths of their clips). Few single frames first, and
 # quarters of them, which teach the filters as well (6 a step get as far as 20 in less than half of the time); then clips;
-# then whole pictures, as they will be. No clips of 2 frames: for those, torch 2.13 in bf16 gives NaN gradients on some CPUs.
-PHASES = ((0.6, 2, 6, (1,)), (0.2, 2, 10, (1, 5, 10)), (0.2, 1, 10, (1, 5, 10)))
+# then whole pictures, as they will be. What is missing is what torch 2.13 cannot do in bf16 on some CPUs: for clips of 2 frames
+# its gradients are NaN, and for whole pictures in clips of 1 or 5 it is slow, and ends the process (heap corruption in oneDNN).
+PHASES = ((0.6, 2, 6, (1,)), (0.2, 2, 10, (1, 5, 10)), (0.2, 1, 10, (10,)))
 FACE_WEIGHT = 4  # eyes and mouth are small, and what makes a face known
 # Errors count in brightness and two colour axes. Those weigh more at first, or learning stays at grey pictures for a long
 # time, and go down to their due over the first part of the steps (worth 0.8 dB after 200).
@@ -45,8 +46,7 @@ COLOUR_AXES = torch.tensor([[0.577, 0.577, 0.577], [0.707, 0.0, -0.707], [0.408,
 COLOUR_WEIGHT, COLOUR_SHARE = 3.0, 0.6
 STEPS, LEARNING_RATE = 3000, 1.5e-3
 # The decoder alone: faces as lively as training's, cut out with room around them, and now and then a whole picture. Absolute
-# errors, as squared ones are smallest where edges are blurred. Clips of single frames or 5 would take three times as long as
-# whole pictures (oneDNN, torch 2.13).
+# errors, as squared ones are smallest where edges are blurred.
 SHARPENING_STEPS, SHARPENING_RATE = 1500, 1.5e-4
 SHARPENING_CLIPS, FACE_SIDE, WHOLE_EVERY = 400, 72, 6
 HEAD, EXPRESSION = 5.0, 6.0  # the largest amplitudes of `scripts/build_mini.py`
@@ -88,10 +88,8 @@ def face_weights(faces: np.ndarray, side: int) -> Tensor:
     """How much each pixel counts, [F, 1, side, side], for boxes [F, 4]."""
     weight = torch.ones(len(faces), 1, side, side)
     for frame, (left, top, right, bottom) in enumerate(faces):
-        rows, columns = (
-            slice(max(int(top), 0), max(math.ceil(bottom), 0)),
-            slice(max(int(left), 0), max(math.ceil(right), 0)),
-        )
+        rows = slice(max(int(top), 0), max(math.ceil(bottom), 0))
+        columns = slice(max(int(left), 0), max(math.ceil(right), 0))
         weight[frame, 0, rows, columns] = FACE_WEIGHT
     return weight
 
@@ -111,10 +109,8 @@ class Puppets:
 
     def batch(self, frames: int, side: int, count: int) -> tuple[Tensor, Tensor]:
         """Pixels and weights of `count` frames, [n · F, ..., side, side], of clips of F frames, cut out at one random place."""
-        chosen, first = (
-            self.rng.integers(len(self.pixels), size=count // frames),
-            self.rng.integers(LENGTH - frames + 1),
-        )
+        chosen = self.rng.integers(len(self.pictures), size=count // frames)
+        first = self.rng.integers(LENGTH - frames + 1)
         y, x = self.rng.integers(0, (self.resolution - side) // 8 + 1, size=2) * 8
         part = (chosen, slice(first, first + frames), slice(None), slice(y, y + side), slice(x, x + side))
         pictures, weight = (store[part].flatten(0, 1) for store in (self.pictures, self.weights))
@@ -168,10 +164,10 @@ def colour_weight(progress: float) -> float:
     return max(1.0, COLOUR_WEIGHT + (1 - COLOUR_WEIGHT) * progress / COLOUR_SHARE)
 
 
-def train(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int) -> None:
+def train(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int, clips: int = CLIPS) -> None:
     """Trains in place. The latents' scale goes into the configuration as `scaling_factor`."""
     resolution = vae.config.sample_size
-    puppets = Puppets(seed, resolution)
+    puppets = Puppets(seed, resolution, clips)
     start(vae)
     optimizer, warm = Muon(vae.parameters(), LEARNING_RATE), steps // 20 + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(

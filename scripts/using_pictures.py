@@ -27,7 +27,7 @@ from sonic.sound import load_audio  # noqa: E402
 STRIPS = {
     "motion": ("motion", {"mild": "mild", "moderate": "moderate", "intense": "intense"}),
     "expression": ("expression_bucket", {"bucket 5": 5, "predicted": None, "bucket 120": 120}),
-    "audio-guidance": ("guidance_scale_audio", {"1": 1.0, "2.5": 2.5, "7": 7.0}),
+    "audio-guidance": ("guidance_scale_audio", {"1": 1.0, "1.8": 1.8, "7": 7.0}),
     "seed": ("seed", {"seed 42": 42, "seed 1": 1, "seed 2": 2}),
 }
 BEGIN, SECONDS = 0.5, 0.8  # of the example speech: where it says something; two windows

@@ -51,6 +51,19 @@ def test_latents_and_pixels_are_cut_out_at_the_same_place(lively_faces, frames):
         assert (weights[:, 0, edge] == 0).all() and (weights[:, 0, ~edge] == mini_vae.FACE_WEIGHT).float().mean() > 0.5
 
 
+def test_all_of_it_learns(capsys):
+    """As short as this is, unseen pictures are nearer than the best of plain ones."""
+    vae = mini_sized()
+    mini_vae.train(vae, steps=20, seed=0, clips=2)
+    assert not vae.training and "vae step 20 of 20" in capsys.readouterr().out
+    pictures = mini_vae.to_pixels(mini_vae.draw(np.random.default_rng(1), 1, 128)[0][0])
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mode()
+        made = vae.decode(latents, num_frames=len(pictures)).sample
+    assert vae.config.scaling_factor == pytest.approx(1 / latents.std().item(), rel=0.5)
+    assert (made - pictures).square().mean() < 0.75 * pictures.var()  # half of it, with either of two seeds
+
+
 def test_the_decoder_alone_learns(capsys):
     """Latents stay what they were, so that nothing trained on them is lost."""
     vae = mini_sized()
