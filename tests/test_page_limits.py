@@ -18,7 +18,7 @@ def test_limits_are_strict_for_strangers():
     known = resolve(PageConfig(auth="a:b"), share=True, settings=settings)
     assert wide == known == Limits()
     assert (strict.max_audio_seconds, strict.max_upload_mb, strict.max_batch) == (30, 20, 4)
-    assert (strict.max_steps, strict.max_resolution) == (24, 128)
+    assert (strict.max_steps, strict.max_resolution) == (16, 128)  # twice the steps of the model
     assert resolve(PageConfig(max_audio_seconds=45), share=True, settings=settings).max_audio_seconds == 45
     with pytest.raises(UserError, match="max_upload_mb must be a number above 0"):
         PageConfig(max_upload_mb=0)
