@@ -84,7 +84,7 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
         "Faces and voices that no training run has met, held against the truth that puppets are drawn from. Written by",
         "`benchmarks/lab.py`; every number is measured, from the landmarks of the finished frames (`sonic/metrics.py`).",
         "Half of the voices are espeak-ng's, half are people's (telephone prompts); none of them was trained on.",
-        f"Animated in {dtype}. The model's steps, guidance, contrast and floor were chosen by trials on some of these clips;",
+        f"Animated in {dtype}. The model's steps, guidance, contrast and floor were chosen by trials on these clips;",
         "its weights have met none of them.",
         "",
         f"Checkpoint: `{portable(checkpoint)}` ({build_note(checkpoint)}).",

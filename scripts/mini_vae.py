@@ -238,8 +238,8 @@ class LivelyFaces:
 
 
 def sharpen(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int, clips: int = SHARPENING_CLIPS) -> None:
-    """Trains the decoder alone, in place, and meets its start halfway: training in bf16 leaves noise in the weights, and a mean
-    of two is sharper than either (Wortsman et al. 2022, "Model soups")."""
+    """Trains the decoder alone, in place, and meets its start halfway: the mean of two such decoders is sharper than either
+    (Wortsman et al. 2022, "Model soups")."""
     torch.set_flush_denormal(True)
     faces, began = LivelyFaces(vae, seed, clips), deepcopy(vae.decoder.state_dict())
     vae.requires_grad_(False)
