@@ -61,7 +61,7 @@ def test_all_of_it_learns(capsys):
         latents = vae.encode(pictures).latent_dist.mode()
         made = vae.decode(latents, num_frames=len(pictures)).sample
     assert vae.config.scaling_factor == pytest.approx(1 / latents.std().item(), rel=0.5)
-    assert (made - pictures).square().mean() < 0.75 * pictures.var()  # half of it, with either of two seeds
+    assert (made - pictures).square().mean() < 0.75 * pictures.var()  # 0.48 and 0.28 with two seeds
 
 
 def test_the_decoder_alone_learns(capsys):
