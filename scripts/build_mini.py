@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,11 +36,9 @@ from sonic.run_log import read_log
 from sonic.weights import ROOT
 
 # What decides how good the model gets, and how long it takes.
-CLIPS, SECONDS, SIZE = 1000, 2.4, 192
+CLIPS, PARTS, SECONDS, SIZE = 3600, 2, 2.4, 192  # parts are drawn side by side, each with a seed of its own
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 6.0)
-STEPS, FURTHER_STEPS = 4500, 3600
-MORE_CLIPS, MORE_STEPS = 4600, 20500
-FINE_STEPS = 15700
+STEPS, FURTHER_STEPS = 4000, 24000
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -63,12 +62,11 @@ TRAINING = {
     "validation_steps": 500,
     "save_steps": 500,
 }
-# A second training goes on from the first one's end: at half its rate, without its beginning under much noise, and twice as fast
-# a step, as its pictures are encoded once. A third one does the same with puppets that the first two have not seen, and minds
-# faces more: what brows do weighs little in a picture. A last one looks where a likeness is lost, under little noise.
-FURTHER = {"learning_rate": 1e-3, "p_mean": "1.0,0.2", "cache_latents": True}
-MORE = FURTHER | {"learning_rate": 1.5e-3, "p_mean": "1.2,0.2", "p_std": 1.3, "face_loss_weight": 8}
-FINE = MORE | {"learning_rate": 1e-3, "p_mean": "1.0,0.0", "p_std": 1.4}
+# The first training is under much noise, until sound and buckets are heard; its rate does not fall, as the second goes on from
+# there, to little noise, where a likeness is lost. That one minds faces more: what brows do weighs little in a picture.
+FAST = {"cache_latents": True, "compile": True}
+FIRST = TRAINING | FAST | {"lr_scheduler": "constant_with_warmup", "p_mean": "1.4,1.0"}
+FURTHER = TRAINING | FAST | {"p_mean": "1.0,0.0", "p_std": 1.4, "face_loss_weight": 8, "ema_decay": 0.999}
 
 
 class Build:
@@ -97,15 +95,14 @@ class Build:
         call("scripts/make_speech.py", folder)
 
     def clips(self, folder: Path) -> None:
-        self.draw(folder, CLIPS, 100 + self.seed)
+        """Puppets in PARTS folders, drawn by as many processes."""
+        with ThreadPoolExecutor(PARTS) as pool:
+            list(pool.map(lambda part: self.draw(folder / f"part-{part}", PARTS * self.seed + part), range(PARTS)))
 
-    def more_clips(self, folder: Path) -> None:
-        self.draw(folder, MORE_CLIPS, 200 + self.seed)
-
-    def draw(self, folder: Path, clips: int, seed: int) -> None:
+    def draw(self, folder: Path, seed: int) -> None:
         call(
             *("-m", "sonic.puppets", "--output", folder, "--speech", self.work / "speech/training"),
-            *("--clips", clips, "--seconds", SECONDS, "--size", SIZE, "--seed", seed),
+            *("--clips", CLIPS // PARTS, "--seconds", SECONDS, "--size", SIZE, "--seed", 100 + seed),
             *("--head_amplitude", *HEAD_AMPLITUDES, "--expression_amplitude", *EXPRESSION_AMPLITUDES),
         )
 
@@ -123,24 +120,17 @@ class Build:
                 halve(target / part)
 
     def training(self, folder: Path) -> dict:
-        return self.train(folder, "start", "clips", STEPS, TRAINING)
+        return self.train(folder, "start", STEPS, FIRST)
 
     def further(self, folder: Path) -> dict:
-        return self.train(folder, f"training/checkpoint-{STEPS}", "clips", FURTHER_STEPS, TRAINING | FURTHER)
+        return self.train(folder, f"training/checkpoint-{STEPS}", FURTHER_STEPS, FURTHER)
 
-    def more(self, folder: Path) -> dict:
-        return self.train(folder, f"further/checkpoint-{FURTHER_STEPS}", "more_clips", MORE_STEPS, TRAINING | MORE)
-
-    def fine(self, folder: Path) -> dict:
-        return self.train(folder, f"more/checkpoint-{MORE_STEPS}", "more_clips", FINE_STEPS, TRAINING | FINE)
-
-    def train(self, folder: Path, start: str, clips: str, steps: int, flags: dict) -> dict:
+    def train(self, folder: Path, start: str, steps: int, flags: dict) -> dict:
         options = [part for name, value in flags.items() for part in (f"--{name}", value) if part is not True]
         call(
-            *("sonic_training.py", "--model_path", self.work / start, "--data_root", self.work / clips),
-            *("--cache_dir", self.work / f"cache_of_{clips}"),
-            *("--output_dir", folder, "--max_train_steps", steps, "--seed", self.seed),
-            *("--resume_from_checkpoint", "latest", *options),
+            *("sonic_training.py", "--model_path", self.work / start, "--data_root", self.work / "clips"),
+            *("--cache_dir", self.work / "cache", "--output_dir", folder, "--max_train_steps", steps),
+            *("--seed", self.seed, "--resume_from_checkpoint", "latest", *options),
         )
         # Of all steps, also of those before an interruption, which the stage's own clock has not seen.
         rates = [row["clips_per_second"] for row in read_log(folder / "log.jsonl") if "clips_per_second" in row]
@@ -149,7 +139,7 @@ class Build:
 
     def ship(self, output: Path) -> None:
         """Base model, Whisper and trained weights in fp16; the base's own UNet is only described, it is not needed."""
-        trained = open_checkpoint(self.work / f"fine/checkpoint-{FINE_STEPS}")
+        trained = open_checkpoint(self.work / f"further/checkpoint-{FURTHER_STEPS}")
         with atomic_folder(output) as target:
             here = replace(trained, base_model=Path("base"), whisper_path=Path("whisper"))
             save_model(target, trained.load().half(), here)
@@ -198,7 +188,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     build = Build(work, arguments.seed)
     try:
-        for name in ("speech", "clips", "vae", "start", "training", "further", "more_clips", "more", "fine"):
+        for name in ("speech", "clips", "vae", "start", "training", "further"):
             build.stage(name, getattr(build, name))
     except subprocess.CalledProcessError as error:
         raise UserError(f"a stage of the build failed: {error}") from error

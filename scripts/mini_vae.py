@@ -3,7 +3,7 @@
 The decoder is SVD's temporal one, so it is trained on clips, of 1 to 10 frames: one that had only seen single frames would
 shift the colours of clips. A stage of `scripts/build_mini.py`; axes: n clips, F frames, R pixels, h = R / 8.
 
-    python scripts/mini_vae.py OUTPUT [--steps N] [--sharpen N] [--seed N]
+    python scripts/mini_vae.py OUTPUT [--steps N] [--decoder_steps N] [--seed N]
     python scripts/mini_vae.py OUTPUT --of FOLDER     the second part alone: a VAE with the encoder, and the latents, of that one
 """
 
@@ -47,8 +47,8 @@ COLOUR_WEIGHT, COLOUR_SHARE = 3.0, 0.6
 STEPS, LEARNING_RATE = 3000, 1.5e-3
 # The decoder alone: faces as lively as training's, cut out with room around them, and now and then a whole picture. Absolute
 # errors, as squared ones are smallest where edges are blurred.
-SHARPENING_STEPS, SHARPENING_RATE = 1500, 1.5e-4
-SHARPENING_CLIPS, FACE_SIDE, WHOLE_EVERY = 400, 72, 6
+DECODER_STEPS, DECODER_RATE = 1500, 1.5e-4
+DECODER_CLIPS, FACE_SIDE, WHOLE_EVERY = 400, 72, 6
 HEAD, EXPRESSION = 5.0, 6.0  # the largest amplitudes of `scripts/build_mini.py`
 UNSEEN, MEASURED = 32, "measured.json"  # clips to measure with, and where it is written
 KL_WEIGHT, START_LOG_VARIANCE = 1e-5, -6.0
@@ -237,14 +237,14 @@ class LivelyFaces:
         return latents, to_pixels(pictures), weights * inside
 
 
-def sharpen(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int, clips: int = SHARPENING_CLIPS) -> None:
+def train_decoder(vae: AutoencoderKLTemporalDecoder, steps: int, seed: int, clips: int = DECODER_CLIPS) -> None:
     """Trains the decoder alone, in place, and meets its start halfway: faces through the mean of two such decoders are nearer to
     the true ones, for dlib, than through either (Wortsman et al. 2022, "Model soups")."""
     torch.set_flush_denormal(True)
     faces, began = LivelyFaces(vae, seed, clips), deepcopy(vae.decoder.state_dict())
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
-    optimizer, warm = Muon(vae.decoder.parameters(), SHARPENING_RATE), 20
+    optimizer, warm = Muon(vae.decoder.parameters(), DECODER_RATE), 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write, in diffusers' layout")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
     parser.add_argument(
-        "--sharpen", type=int, default=SHARPENING_STEPS, help="of the decoder alone (default: %(default)s)"
+        "--decoder_steps", type=int, default=DECODER_STEPS, help="of the decoder alone (default: %(default)s)"
     )
     parser.add_argument("--of", type=Path, metavar="FOLDER", help="a VAE that is there, instead of a new one")
     parser.add_argument("--seed", type=int, default=0, help="of weights and puppets (default: %(default)s)")
@@ -307,7 +307,7 @@ def main() -> None:
     else:
         vae = AutoencoderKLTemporalDecoder(**PRESETS["mini"].vae)
         train(vae, arguments.steps, arguments.seed)
-    sharpen(vae, arguments.sharpen, arguments.seed)
+    train_decoder(vae, arguments.decoder_steps, arguments.seed)
     vae.save_pretrained(arguments.output)
     measured = {}
     for kind, lively in (("unseen", False), ("lively", True)):

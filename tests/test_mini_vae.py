@@ -68,7 +68,7 @@ def test_the_decoder_alone_learns(capsys):
     """Latents stay what they were, so that nothing trained on them is lost."""
     vae = mini_sized()
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    mini_vae.sharpen(vae, steps=6, seed=0, clips=1)
+    mini_vae.train_decoder(vae, steps=6, seed=0, clips=1)
     changed = {
         name.partition(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])
     }
