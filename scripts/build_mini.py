@@ -64,7 +64,7 @@ TRAINING = {
 }
 # The first training is under much noise, until sound and buckets are heard; its rate does not fall, as the second goes on from
 # there, to little noise, where a likeness is lost. That one minds faces more: what brows do weighs little in a picture.
-FAST = {"cache_latents": True, "compile": True}
+FAST = {"cache_latents": True, "compile": True, "num_workers": PARTS}  # of the preparation, which is long here
 FIRST = TRAINING | FAST | {"lr_scheduler": "constant_with_warmup", "p_mean": "1.4,1.0"}
 FURTHER = TRAINING | FAST | {"p_mean": "1.0,0.0", "p_std": 1.4, "face_loss_weight": 8, "ema_decay": 0.999}
 
@@ -106,8 +106,15 @@ class Build:
             *("--head_amplitude", *HEAD_AMPLITUDES, "--expression_amplitude", *EXPRESSION_AMPLITUDES),
         )
 
+    def vae_before(self, folder: Path) -> dict:
+        """The VAE before its decoder goes on alone."""
+        return self.train_vae(folder, "--decoder_steps", 0)
+
     def vae(self, folder: Path) -> dict:
-        call("scripts/mini_vae.py", folder, "--seed", self.seed)
+        return self.train_vae(folder, "--of", self.work / "vae_before")
+
+    def train_vae(self, folder: Path, *options) -> dict:
+        call("scripts/mini_vae.py", folder, "--seed", self.seed, *options)
         return json.loads((folder / MEASURED).read_text())
 
     def start(self, folder: Path) -> None:
@@ -188,7 +195,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     build = Build(work, arguments.seed)
     try:
-        for name in ("speech", "clips", "vae", "start", "training", "further"):
+        for name in ("speech", "clips", "vae_before", "vae", "start", "training", "further"):
             build.stage(name, getattr(build, name))
     except subprocess.CalledProcessError as error:
         raise UserError(f"a stage of the build failed: {error}") from error

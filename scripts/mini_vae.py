@@ -44,7 +44,7 @@ FACE_WEIGHT = 4  # eyes and mouth are small, and what makes a face known
 # time, and go down to their due over the first part of the steps (worth 0.8 dB after 200).
 COLOUR_AXES = torch.tensor([[0.577, 0.577, 0.577], [0.707, 0.0, -0.707], [0.408, -0.816, 0.408]])
 COLOUR_WEIGHT, COLOUR_SHARE = 3.0, 0.6
-STEPS, LEARNING_RATE = 3000, 1.5e-3
+STEPS, LEARNING_RATE = 6000, 1.5e-3
 # The decoder alone: faces as lively as training's, cut out with room around them, and now and then a whole picture. Absolute
 # errors, as squared ones are smallest where edges are blurred.
 DECODER_STEPS, DECODER_RATE = 1500, 1.5e-4
@@ -307,7 +307,8 @@ def main() -> None:
     else:
         vae = AutoencoderKLTemporalDecoder(**PRESETS["mini"].vae)
         train(vae, arguments.steps, arguments.seed)
-    train_decoder(vae, arguments.decoder_steps, arguments.seed)
+    if arguments.decoder_steps:
+        train_decoder(vae, arguments.decoder_steps, arguments.seed)
     vae.save_pretrained(arguments.output)
     measured = {}
     for kind, lively in (("unseen", False), ("lively", True)):
