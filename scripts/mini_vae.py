@@ -313,7 +313,7 @@ def main() -> None:
     measured = {}
     for kind, lively in (("unseen", False), ("lively", True)):
         found = unseen_psnr(vae, UNSEEN, arguments.seed, lively)
-        measured |= {f"psnr_{kind}_mean": round(np.mean(found), 2), f"psnr_{kind}_min": round(min(found), 2)}
+        measured |= {f"psnr_{kind}_mean": round(float(np.mean(found)), 2), f"psnr_{kind}_min": round(min(found), 2)}
     (arguments.output / MEASURED).write_text(json.dumps(measured) + "\n")
     print(f"{UNSEEN} clips of unseen identities: {measured}")
 
