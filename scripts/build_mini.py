@@ -36,7 +36,8 @@ from sonic.run_log import read_log
 from sonic.weights import ROOT
 
 # What decides how good the model gets, and how long it takes.
-CLIPS, PARTS, SECONDS, SIZE = 3600, 2, 2.4, 192  # parts are drawn side by side, each with a seed of its own
+CLIPS, SECONDS, SIZE = 3600, 2.4, 192
+PROCESSES = 2  # draw puppets side by side, each into a folder and with a seed of its own, and prepare them
 HEAD_AMPLITUDES, EXPRESSION_AMPLITUDES = (0.05, 5.0), (0.0, 6.0)
 STEPS, FURTHER_STEPS = 4000, 24000
 # glibc gives large blocks back at once and fetches them anew at every layer, which can take half of a step.
@@ -64,7 +65,7 @@ TRAINING = {
 }
 # The first training is under much noise, until sound and buckets are heard; its rate does not fall, as the second goes on from
 # there, to little noise, where a likeness is lost. That one minds faces more: what brows do weighs little in a picture.
-FAST = {"cache_latents": True, "compile": True, "num_workers": PARTS}  # of the preparation, which is long here
+FAST = {"cache_latents": True, "compile": True, "num_workers": PROCESSES}
 FIRST = TRAINING | FAST | {"lr_scheduler": "constant_with_warmup", "p_mean": "1.4,1.0"}
 FURTHER = TRAINING | FAST | {"p_mean": "1.0,0.0", "p_std": 1.4, "face_loss_weight": 8, "ema_decay": 0.999}
 
@@ -95,14 +96,18 @@ class Build:
         call("scripts/make_speech.py", folder)
 
     def clips(self, folder: Path) -> None:
-        """Puppets in PARTS folders, drawn by as many processes."""
-        with ThreadPoolExecutor(PARTS) as pool:
-            list(pool.map(lambda part: self.draw(folder / f"part-{part}", PARTS * self.seed + part), range(PARTS)))
+        """Puppets in as many folders as there are processes to draw them."""
+        with ThreadPoolExecutor(PROCESSES) as pool:
+            list(
+                pool.map(
+                    lambda part: self.draw(folder / f"part-{part}", PROCESSES * self.seed + part), range(PROCESSES)
+                )
+            )
 
     def draw(self, folder: Path, seed: int) -> None:
         call(
             *("-m", "sonic.puppets", "--output", folder, "--speech", self.work / "speech/training"),
-            *("--clips", CLIPS // PARTS, "--seconds", SECONDS, "--size", SIZE, "--seed", 100 + seed),
+            *("--clips", CLIPS // PROCESSES, "--seconds", SECONDS, "--size", SIZE, "--seed", 100 + seed),
             *("--head_amplitude", *HEAD_AMPLITUDES, "--expression_amplitude", *EXPRESSION_AMPLITUDES),
         )
 
