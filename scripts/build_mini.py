@@ -98,16 +98,14 @@ class Build:
     def clips(self, folder: Path) -> None:
         """Puppets in as many folders as there are processes to draw them."""
         with ThreadPoolExecutor(PROCESSES) as pool:
-            list(
-                pool.map(
-                    lambda part: self.draw(folder / f"part-{part}", PROCESSES * self.seed + part), range(PROCESSES)
-                )
-            )
+            for drawn in [pool.submit(self.draw, folder, part) for part in range(PROCESSES)]:
+                drawn.result()
 
-    def draw(self, folder: Path, seed: int) -> None:
+    def draw(self, folder: Path, part: int) -> None:
+        seed = 100 + PROCESSES * self.seed + part
         call(
-            *("-m", "sonic.puppets", "--output", folder, "--speech", self.work / "speech/training"),
-            *("--clips", CLIPS // PROCESSES, "--seconds", SECONDS, "--size", SIZE, "--seed", 100 + seed),
+            *("-m", "sonic.puppets", "--output", folder / f"part-{part}", "--speech", self.work / "speech/training"),
+            *("--clips", CLIPS // PROCESSES, "--seconds", SECONDS, "--size", SIZE, "--seed", seed),
             *("--head_amplitude", *HEAD_AMPLITUDES, "--expression_amplitude", *EXPRESSION_AMPLITUDES),
         )
 
