@@ -5,7 +5,7 @@
 
 animates and measures, and writes docs/lab.md with its plots (`lab_claims.py`, `lab_report.py`). Every experiment's numbers lie in
 docs/lab/, in a folder named by the weights and settings, and are not made again: an interrupted call goes on; the document can be
-written without the runs. Another checkpoint begins anew. Axes: T frames.
+written without the runs. Another checkpoint begins anew, with a document of its own in outputs/. Axes: T frames.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from build_mini import EXPRESSION_AMPLITUDES, HEAD_AMPLITUDES, SIZE
 from lab_claims import BUCKETS, OVERLAP, ROOM
-from lab_report import PLOTS, write_report
+from lab_report import write_report
 from PIL import Image
 from tqdm import tqdm
 
@@ -404,6 +404,11 @@ def read_numbers(work: Path) -> dict[str, list[dict]]:
     return {one["name"]: one["rows"] for one in found}
 
 
+def default_report(checkpoint: Path) -> Path:
+    """docs/lab.md is about what is shipped, and nothing else."""
+    return ROOT / ("docs/lab.md" if checkpoint == ROOT / SHIPPED else f"outputs/lab-{checkpoint.name}.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speech", type=Path, required=True, help="folder of unseen voices (scripts/make_speech.py)")
@@ -412,11 +417,17 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="training runs, for quality against steps")
     parser.add_argument("--trials", type=Path, nargs="*", default=[], help="run folders of benchmarks/trials.py")
-    parser.add_argument("--work", type=Path, default=PLOTS, help="folder for the numbers (default: docs/lab)")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        help="document to write, with numbers and plots in a folder of its name beside it (default: docs/lab.md for "
+        "sonic-mini, outputs/lab-NAME.md for another checkpoint)",
+    )
     parser.add_argument("--processes", type=int, default=2, help="clips at once, each on one thread")
     parser.add_argument("--only", nargs="*", help="experiments whose name begins so; the report takes what is there")
     flags = parser.parse_args()
-    work = flags.work / fingerprint(flags.checkpoint)
+    report = flags.report or default_report(flags.checkpoint.resolve())
+    work = report.with_suffix("") / fingerprint(flags.checkpoint)
     work.mkdir(parents=True, exist_ok=True)
     runs = [folder.resolve() for folder in flags.runs]
     trials = sorted(folder.resolve() for folder in flags.trials if training_checkpoints(folder))
@@ -449,7 +460,7 @@ def main() -> None:
         save_numbers(work, f"log of run {run_name(folder)}", validations(folder))
     for folder in trials:
         save_numbers(work, f"log of trial {folder.name}", validations(folder))
-    write_report(read_numbers(work), flags.checkpoint, DTYPE)
+    write_report(read_numbers(work), flags.checkpoint, DTYPE, report)
 
 
 if __name__ == "__main__":

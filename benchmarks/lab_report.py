@@ -1,4 +1,4 @@
-"""docs/lab.md out of the numbers that `lab.py` left: one row per claim, the tables behind it, and the plots.
+"""The lab's document out of the numbers that `lab.py` left: one row per claim, the tables behind it, and the plots.
 
 Nothing in here is a result: every number comes from `results`, which maps an experiment's name to its clips' rows.
 """
@@ -33,9 +33,8 @@ from lab_claims import (
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sonic.weights import ROOT, portable
+from sonic.weights import portable
 
-DOCUMENT, PLOTS = ROOT / "docs/lab.md", ROOT / "docs/lab"
 GAP_OPEN = 0.002  # at sigma 3; untrained models were seen at -0.0009 to 0.0003
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
 
@@ -55,9 +54,10 @@ PARTS: list[Part] = [
 ]
 
 
-def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
-    """Writes docs/lab.md and docs/lab/*.png with what has been measured so far; what has not is named."""
-    PLOTS.mkdir(exist_ok=True)
+def write_report(results: Results, checkpoint: Path, dtype: str, document: Path) -> None:
+    """Writes `document` (NAME.md) and its plots (NAME/*.png) with what has been measured so far; what has not is named."""
+    plots = document.with_suffix("")
+    plots.mkdir(exist_ok=True)
     settings = json.loads((checkpoint / "sonic.json").read_text())["settings"]
     rows, missing = [], []
     parts = [
@@ -79,13 +79,13 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
     missing += [] if trials else ["flags of training (--trials)"]
 
     lines = [
-        "# The lab: what sonic-mini does, measured",
+        f"# The lab: what {checkpoint.resolve().name} does, measured",
         "",
         "Faces and voices that no training run has met, held against the truth that puppets are drawn from. Written by",
         "`benchmarks/lab.py`; every number is measured, from the landmarks of the finished frames (`sonic/metrics.py`).",
         "Half of the voices are espeak-ng's, half are people's (telephone prompts); none of them was trained on.",
-        f"Animated in {dtype}. The model's steps, guidance, contrast and floor were chosen by trials on these clips;",
-        "its weights have met none of them.",
+        f"Animated in {dtype}. Steps, guidance, contrast and floor were chosen by trials of the shipped weights on these",
+        "clips; no weights have met any of them.",
         "",
         f"Checkpoint: `{portable(checkpoint)}` ({build_note(checkpoint)}).",
         "Numbers are medians over clips with the range of the middle 80 % in brackets, unless they say otherwise.",
@@ -98,14 +98,14 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
     if missing:
         lines += [f"Not measured: {', '.join(dict.fromkeys(missing))}.", ""]
     if "main" in results:
-        plot_clips(results["main"], PLOTS / "clips.png")
-        lines += ["![mouths](lab/clips.png)", ""]
+        plot_clips(results["main"], plots / "clips.png")
+        lines += [f"![mouths]({plots.name}/clips.png)", ""]
     if "audio guidance 0" in results:
-        plot_guidance(results, settings["guidance_scale_audio"], PLOTS / "guidance.png")
-        lines += ["![audio guidance](lab/guidance.png)", ""]
+        plot_guidance(results, settings["guidance_scale_audio"], plots / "guidance.png")
+        lines += [f"![audio guidance]({plots.name}/guidance.png)", ""]
     lines += [*ablation_table(results), *contrast_section(results, settings), *room_section(results, settings["crop"])]
     if curves:
-        plot_training(curves, PLOTS / "training.png")
+        plot_training(curves, plots / "training.png")
         steps = max(one["steps"][-1] for one in curves.values())
         lines += [
             "## More training",
@@ -113,13 +113,13 @@ def write_report(results: Results, checkpoint: Path, dtype: str) -> None:
             f"Runs from nothing of {steps} steps that differ in their seed (`benchmarks/trials.py`): weights, noise and order of",
             "the samples. The learning rate falls to 0 within them. `sonic-mini` itself was trained longer.",
             "",
-            "![more training](lab/training.png)",
+            f"![more training]({plots.name}/training.png)",
             "",
         ]
     lines += init_table(trials)
     lines += lips_table(results)
-    DOCUMENT.write_text("\n".join(lines))
-    print(f"written: {DOCUMENT}")
+    document.write_text("\n".join(lines))
+    print(f"written: {document}")
 
 
 def build_note(checkpoint: Path) -> str:

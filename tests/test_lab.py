@@ -126,16 +126,14 @@ def test_a_mouth_that_follows_anybody_is_noticed():
     assert not verdicts(found)["… and not somebody else's"]
 
 
-def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_report, "DOCUMENT", tmp_path / "lab.md")
-    monkeypatch.setattr(lab_report, "PLOTS", tmp_path / "lab")
+def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_path):
     (tmp_path / "sonic.json").write_text('{"settings": {"guidance_scale_audio": 3.0, "crop": 0.5}}')
     found = copy.deepcopy(results())
     del found["silence"]
     for one in found["main"]:
         one["background_psnr"] = 20.0
-    lab_report.write_report(found, tmp_path, "fp32")
-    text = (tmp_path / "lab.md").read_text()
+    lab_report.write_report(found, tmp_path, "fp32", tmp_path / "seed-1.md")
+    text = (tmp_path / "seed-1.md").read_text()
     assert (
         "| … and the wall behind | median PSNR of the still background ≥ 28 dB | 20.0 (20.0 … 20.0) dB | **missed** |"
         in text
@@ -149,8 +147,14 @@ def test_the_document_names_what_holds_what_does_not_and_what_is_missing(tmp_pat
         in text
     )
     assert "from the portrait with more room, --crop 0.8: 75%" in text and "the truth through the VAE: 1.10 ×" in text
-    assert (tmp_path / "lab/clips.png").stat().st_size > 10_000
-    assert (tmp_path / "lab/guidance.png").stat().st_size > 5_000
+    assert text.startswith(f"# The lab: what {tmp_path.name} does") and "](seed-1/clips.png)" in text
+    assert (tmp_path / "seed-1/clips.png").stat().st_size > 10_000
+    assert (tmp_path / "seed-1/guidance.png").stat().st_size > 5_000
+
+
+def test_another_checkpoint_leaves_the_document_of_the_shipped_one_alone():
+    assert lab.default_report(ROOT / SHIPPED) == ROOT / "docs/lab.md"
+    assert lab.default_report(ROOT / "outputs/mini") == ROOT / "outputs/lab-mini.md"
 
 
 def checks(gaps):
