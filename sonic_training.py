@@ -57,6 +57,7 @@ from sonic.run_log import (
     write_report,
 )
 from sonic.run_setup import (
+    attention_kernel,
     cache_dir,
     checkpoint_to_resume,
     dry_run,
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int | None:
 
     make_output_dir(output_dir)
     accelerator = start_accelerator(config, start)
-    with only_run_in(output_dir, accelerator.is_main_process):
+    with only_run_in(output_dir, accelerator.is_main_process), attention_kernel(config, accelerator.device):
         share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
         extractor = extractor or LazyWhisper(start.whisper_path, cache_dir(config) / "whisper.json", accelerator.device)
         clips = prepare_data(config, screening, extractor, share).clips

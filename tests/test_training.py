@@ -22,7 +22,7 @@ from sonic.media import VideoReader
 from sonic.pieces import Screening
 from sonic.prepare import prepare
 from sonic.run_log import Log, RunState
-from sonic.run_setup import for_this_run
+from sonic.run_setup import attention_kernel, for_this_run
 from sonic.training import (
     BUCKET_LOSS_WEIGHT,
     SampleNumbers,
@@ -382,6 +382,28 @@ def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
         saved = weights(tmp_path / "checkpoint-1").values()
         assert {tensor.dtype for tensor in saved} == {torch.float32}  # master weights stay in fp32
     assert (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("precision, fused", [("bf16", False), ("no", True)])
+def test_few_tokens_in_bf16_attend_without_the_fused_kernel(
+    tiny, clips, cache, tmp_path, monkeypatch, precision, fused
+):
+    learn, seen = sonic_training.Run.learn, []
+
+    def watched(*args):
+        seen.append(torch.backends.cuda.flash_sdp_enabled())  # of CPUs too
+        return learn(*args)
+
+    monkeypatch.setattr(sonic_training.Run, "learn", watched)
+    sonic_training.main(flags(tiny, clips, cache, tmp_path, mixed_precision=precision, max_train_steps=1))
+    assert seen == [fused] and torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("resolution, device, fused", [(128, "cpu", False), (256, "cpu", True), (128, "cuda", True)])
+def test_many_tokens_and_gpus_keep_the_fused_kernel(resolution, device, fused):
+    config = TrainingConfig(data_root="clips", mixed_precision="bf16", resolution=resolution)
+    with attention_kernel(config, torch.device(device)):
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
 
 
 def test_accumulation_equals_a_larger_batch(tiny, clips, cache, tmp_path):
