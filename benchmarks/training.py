@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, without an install
@@ -38,6 +39,7 @@ from sonic.denoiser import per_clip, scalings
 from sonic.flags import run
 from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
+from sonic.run_setup import attention_kernel
 from sonic.trainable import PRECISIONS
 from sonic.training import Draw, EncodedClip, Encoders, total_loss
 from sonic.training_config import TrainingConfig
@@ -145,7 +147,10 @@ class Ours(Plain):
         if size.checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.parameters = [value for value in self.model.parameters() if value.requires_grad]
-        self.optimizer = make_optimizer(TrainingConfig(data_root="noise"), self.parameters)
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == models.dtype)
+        config = TrainingConfig(data_root="noise", mixed_precision=precision, resolution=size.resolution)
+        self.attends = partial(attention_kernel, config, models.device)
+        self.optimizer = make_optimizer(config, self.parameters)
         self.encoders = Encoders(models.base, models.device)
         self.forward, self.velocity = self.model, self.model.velocity
         self.encoded = self.encoders(models.samples)
@@ -156,7 +161,7 @@ class Ours(Plain):
         return self.encoders(self.models.samples)
 
     def loss(self, clip: EncodedClip) -> Tensor:
-        with self.models.autocast():
+        with self.models.autocast(), self.attends():
             losses = self.forward(clip.with_noise(self.models.draw))
         return total_loss(losses)
 
@@ -166,7 +171,7 @@ class Ours(Plain):
     def call(self) -> None:
         models, draw, clip = self.models, self.models.draw, self.encoded
         noise = draw.noise.to(models.device)
-        with models.autocast():
+        with models.autocast(), self.attends():
             v = self.velocity(noise, draw.sigma.to(models.device), clip.portrait, self.tokens, clip.buckets, clip.fps)
         (v.float() - noise).square().mean().backward()
 
