@@ -57,11 +57,11 @@ from sonic.run_log import (
     write_report,
 )
 from sonic.run_setup import (
-    attention_kernel,
     cache_dir,
     checkpoint_to_resume,
     dry_run,
     for_this_run,
+    fused_is_faster,
     half_precision,
     make_output_dir,
     prepare_data,
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int | None:
 
     make_output_dir(output_dir)
     accelerator = start_accelerator(config, start)
-    with only_run_in(output_dir, accelerator.is_main_process), attention_kernel(config, accelerator.device):
+    with only_run_in(output_dir, accelerator.is_main_process):
         share = Share(accelerator.process_index, accelerator.num_processes, gather_object)
         extractor = extractor or LazyWhisper(start.whisper_path, cache_dir(config) / "whisper.json", accelerator.device)
         clips = prepare_data(config, screening, extractor, share).clips
@@ -177,6 +177,7 @@ class Run:
         if config.init_audio2token and not resumed:
             model.audio2token.fit(audio_windows(train_clips, WINDOWS_TO_FIT, config.seed))
         self.trained = Trained(model, config, start, resumed, accelerator.device)
+        model.unet.fuse_attention(fused_is_faster(config, accelerator.device))
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         if config.compile:

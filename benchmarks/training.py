@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, without an install
@@ -39,7 +38,7 @@ from sonic.denoiser import per_clip, scalings
 from sonic.flags import run
 from sonic.memory import used_memory
 from sonic.optimizers import make_optimizer
-from sonic.run_setup import attention_kernel
+from sonic.run_setup import fused_is_faster
 from sonic.trainable import PRECISIONS
 from sonic.training import Draw, EncodedClip, Encoders, total_loss
 from sonic.training_config import TrainingConfig
@@ -149,7 +148,7 @@ class Ours(Plain):
         self.parameters = [value for value in self.model.parameters() if value.requires_grad]
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == models.dtype)
         config = TrainingConfig(data_root="noise", mixed_precision=precision, resolution=size.resolution)
-        self.attends = partial(attention_kernel, config, models.device)
+        self.model.unet.fuse_attention(fused_is_faster(config, models.device))
         self.optimizer = make_optimizer(config, self.parameters)
         self.encoders = Encoders(models.base, models.device)
         self.forward, self.velocity = self.model, self.model.velocity
@@ -161,7 +160,7 @@ class Ours(Plain):
         return self.encoders(self.models.samples)
 
     def loss(self, clip: EncodedClip) -> Tensor:
-        with self.models.autocast(), self.attends():
+        with self.models.autocast():
             losses = self.forward(clip.with_noise(self.models.draw))
         return total_loss(losses)
 
@@ -171,7 +170,7 @@ class Ours(Plain):
     def call(self) -> None:
         models, draw, clip = self.models, self.models.draw, self.encoded
         noise = draw.noise.to(models.device)
-        with models.autocast(), self.attends():
+        with models.autocast():
             v = self.velocity(noise, draw.sigma.to(models.device), clip.portrait, self.tokens, clip.buckets, clip.fps)
         (v.float() - noise).square().mean().backward()
 

@@ -46,6 +46,14 @@ def heads_of(attn: Attention, x: Tensor) -> Tensor:
     return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, fused: bool) -> Tensor:
+    """Attention of [..., L, C] to [..., K, C]: by torch's fused kernel, or by products of matrices that keep all L × K weights."""
+    if fused:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    weights = (query @ key.mT * scale).float().softmax(-1)
+    return weights.to(value.dtype) @ value
+
+
 class Mixer(AlphaBlender):
     """How much the temporal half counts; the spatial one counts for the rest. The published `image_only_indicator` is 0."""
 
@@ -87,11 +95,13 @@ class ResBlock(SpatioTemporalResBlock):
 class SpatialBlock(BasicTransformerBlock):
     """Attention within each frame, to image and sound, and a feed-forward layer."""
 
+    fused_attention = True  # see `attend`
+
     def forward(self, x: Tensor, context, fork: Callable[[Tensor], Tensor]) -> Tensor:
         """x [B·F, H·W, C] -> the same; `fork` adds the clip that has been like the one before it until it hears."""
         normed, attn = self.norm1(x), self.attn1
         query, key, value = (heads_of(attn, to(normed)) for to in (attn.to_q, attn.to_k, attn.to_v))
-        seen = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        seen = attend(query, key, value, attn.scale, self.fused_attention)
         x = fork(plus(attn.to_out[0](rearrange(seen, "g heads l c -> g l (heads c)")), x))
         x = plus(self.attn2(self.norm2(x), encoder_hidden_states=context), x)
         return plus(feed_forward(self.ff, self.norm3(x)), x)
@@ -99,6 +109,8 @@ class SpatialBlock(BasicTransformerBlock):
 
 class TemporalBlock(TemporalBasicTransformerBlock):
     """Attention along time at each pixel, to image and sound, and feed-forward layers."""
+
+    fused_attention = True  # see `attend`
 
     def forward(self, x: Tensor, context, frames: int) -> Tensor:
         """x [B·F, H·W, C] -> the same. Only attention itself needs the pixels in front of the frames."""
@@ -114,9 +126,7 @@ class TemporalBlock(TemporalBasicTransformerBlock):
             rearrange(to(x), pixels, f=frames, heads=attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v)
         )
         # One clip at a time, because the kernels take four axes, and two cannot be seen as one without a copy.
-        clips = [
-            F.scaled_dot_product_attention(*clip, scale=attn.scale) for clip in zip(query, key, value, strict=True)
-        ]
+        clips = [attend(*clip, attn.scale, self.fused_attention) for clip in zip(query, key, value, strict=True)]
         seen = torch.stack([rearrange(clip, "p heads f c -> f p (heads c)") for clip in clips])
         return attn.to_out[0](seen.flatten(0, 1))
 

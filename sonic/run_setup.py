@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sonic.checkpoints import Checkpoint, training_checkpoints
 from sonic.config import NO_CROP, UserError
@@ -106,14 +104,13 @@ def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
     return accelerator
 
 
-def attention_kernel(config: TrainingConfig, device: torch.device) -> AbstractContextManager:
-    """The context in which a run attends: with plain matrix products where they are faster, in bf16 on a CPU with few tokens.
+def fused_is_faster(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether torch's fused attention is the faster one to train with, as it is but for few tokens in bf16 on a CPU.
 
-    The backward pass of torch's fused kernel for CPUs takes several times as long there. From 256 tokens on it is faster, and
-    it does not keep their weights for each other.
+    Its backward pass takes several times as long there. From 256 tokens on it is faster, and keeps no weights of each to each.
     """
     few = config.mixed_precision == "bf16" and config.resolution <= SMALL
-    return sdpa_kernel(SDPBackend.MATH) if few and device.type == "cpu" else nullcontext()
+    return not few or device.type != "cpu"
 
 
 def prepare_data(config: TrainingConfig, screening: Screening, extractor, share: Share) -> PreparedData:

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.blocks import TemporalBlock, heads_of, plus, take_over
+from sonic.blocks import TemporalBlock, attend, heads_of, plus, take_over
 
 
 class Projection(NamedTuple):
@@ -101,6 +101,8 @@ class AudioCrossAttention(nn.Module):
     `to_k_ip`/`to_v_ip` are lists of one, because the released state dict names them `processor.to_k_ip.0.weight`.
     """
 
+    fused_attention = True  # see `attend`
+
     def __init__(self, width: int, inner: int, number: int, temporal: bool):
         """`number` is this layer's place among all cross-attentions; `temporal` ones have one context per clip."""
         super().__init__()
@@ -122,7 +124,7 @@ class AudioCrossAttention(nn.Module):
         # All frames of a clip share one context in temporal blocks: fold them into its queries.
         hidden_states = hidden_states.reshape(len(key), -1, shape[-1])  # [G, L, C]
         query, key, value = (heads_of(attn, part) for part in (attn.to_q(hidden_states), key, value))
-        heard = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        heard = attend(query, key, value, attn.scale, self.fused_attention)
         heard = rearrange(heard, "g heads l c -> g l (heads c)")
         gate = context.gate
         both = plus(heard, seen) if gate is None else torch.addcmul(seen, heard, gate.to(heard.dtype))
@@ -229,6 +231,12 @@ class SonicUNet(UNetSpatioTemporalConditionModel):
         for attn in self.cross_attentions():
             attn.processor.to_k_ip[0].weight.copy_(attn.to_k.weight)
             attn.processor.to_v_ip[0].weight.copy_(attn.to_v.weight)
+
+    def fuse_attention(self, fused: bool) -> None:
+        """Whether attention is left to torch's fused kernel, as it is at first, or computed by products of matrices."""
+        for module in self.modules():
+            if hasattr(module, "fused_attention"):
+                module.fused_attention = fused
 
     def freeze_unused(self) -> None:
         """The key of a single image token never receives a gradient; DDP wants to know which parameters never will."""

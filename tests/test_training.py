@@ -22,7 +22,7 @@ from sonic.media import VideoReader
 from sonic.pieces import Screening
 from sonic.prepare import prepare
 from sonic.run_log import Log, RunState
-from sonic.run_setup import attention_kernel, for_this_run
+from sonic.run_setup import for_this_run, fused_is_faster
 from sonic.training import (
     BUCKET_LOSS_WEIGHT,
     SampleNumbers,
@@ -384,26 +384,25 @@ def test_other_ways_to_train(tiny, clips, cache, tmp_path, unbroken, switch):
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
-@pytest.mark.parametrize("precision, fused", [("bf16", False), ("no", True)])
-def test_few_tokens_in_bf16_attend_without_the_fused_kernel(
-    tiny, clips, cache, tmp_path, monkeypatch, precision, fused
-):
-    learn, seen = sonic_training.Run.learn, []
-
-    def watched(*args):
-        seen.append(torch.backends.cuda.flash_sdp_enabled())  # of CPUs too
-        return learn(*args)
-
-    monkeypatch.setattr(sonic_training.Run, "learn", watched)
-    sonic_training.main(flags(tiny, clips, cache, tmp_path, mixed_precision=precision, max_train_steps=1))
-    assert seen == [fused] and torch.backends.cuda.flash_sdp_enabled()
+@pytest.mark.parametrize(
+    "precision, resolution, device, fused",
+    [("bf16", 128, "cpu", False), ("no", 128, "cpu", True), ("bf16", 256, "cpu", True), ("bf16", 128, "cuda", True)],
+)
+def test_attention_is_fused_but_for_few_tokens_in_bf16_on_a_cpu(precision, resolution, device, fused):
+    config = TrainingConfig(data_root="clips", mixed_precision=precision, resolution=resolution)
+    assert fused_is_faster(config, torch.device(device)) == fused
 
 
-@pytest.mark.parametrize("resolution, device, fused", [(128, "cpu", False), (256, "cpu", True), (128, "cuda", True)])
-def test_many_tokens_and_gpus_keep_the_fused_kernel(resolution, device, fused):
-    config = TrainingConfig(data_root="clips", mixed_precision="bf16", resolution=resolution)
-    with attention_kernel(config, torch.device(device)):
-        assert torch.backends.cuda.flash_sdp_enabled() == fused
+def test_a_run_attends_as_is_faster(tiny, clips, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(sonic_training.Run, "train", lambda run: runs.append(run))
+    runs = []
+    for precision in ("bf16", "no"):
+        sonic_training.main(flags(tiny, clips, cache, tmp_path / precision, mixed_precision=precision))
+    half, whole = (
+        {module.fused_attention for module in run.model.unet.modules() if hasattr(module, "fused_attention")}
+        for run in runs
+    )
+    assert half == {False} and whole == {True}
 
 
 def test_accumulation_equals_a_larger_batch(tiny, clips, cache, tmp_path):

@@ -98,16 +98,33 @@ def test_every_trained_parameter_gets_a_gradient(unet, conditions):
     assert len(frozen) == 8 and all(name.endswith("attn2.to_k.weight") for name in frozen)
 
 
-def test_gradient_checkpointing_changes_nothing(unet, conditions):
-    def gradients():
-        unet.zero_grad()
-        call(unet, conditions).square().mean().backward()
-        return {name: value.grad.clone() for name, value in unet.named_parameters() if value.grad is not None}
+def gradients(unet, conditions):
+    unet.zero_grad()
+    call(unet, conditions).square().mean().backward()
+    return {name: value.grad.clone() for name, value in unet.named_parameters() if value.grad is not None}
 
+
+def test_attention_by_products_is_what_the_fused_kernel_gives(unet, conditions, monkeypatch):
+    kernel, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **more: calls.append(1) or kernel(*args, **more)
+    )
+    fused = gradients(unet, conditions)
+    assert calls
+    calls.clear()
+    unet.fuse_attention(False)
+    products = gradients(unet, conditions)
+    assert not calls
+    torch.testing.assert_close(products, fused, rtol=1e-4, atol=1e-6)
+    unet.fuse_attention(True)
+    assert gradients(unet, conditions).keys() == fused.keys() and calls
+
+
+def test_gradient_checkpointing_changes_nothing(unet, conditions):
     unet.train()
-    plain = gradients()
+    plain = gradients(unet, conditions)
     unet.enable_gradient_checkpointing()
     assert any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
-    checkpointed = gradients()
+    checkpointed = gradients(unet, conditions)
     assert plain.keys() == checkpointed.keys()
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
