@@ -356,6 +356,7 @@ class Run:
             "skipped_steps": state.skipped,
             "clips_per_second": self.config.train_batch_size * accelerator.num_processes / seconds,
             "data_wait": wait,
+            "trained_seconds": round(state.trained_seconds, 1),
             "memory_gb": used_memory(accelerator.device),
         }
         if accelerator.scaler:

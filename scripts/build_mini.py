@@ -142,10 +142,9 @@ class Build:
             *("--cache_dir", self.work / "cache", "--output_dir", folder, "--max_train_steps", steps),
             *("--seed", self.seed, "--resume_from_checkpoint", "latest", *options),
         )
-        # Of all steps, also of those before an interruption, which the stage's own clock has not seen.
-        rates = [row["clips_per_second"] for row in read_log(folder / "log.jsonl") if "clips_per_second" in row]
-        clips = flags["train_batch_size"] * flags["logging_steps"]
-        return {"seconds": round(sum(clips / rate for rate in rates)), "steps": steps}
+        # The stage's own clock has not seen what came before an interruption.
+        seconds = max(row.get("trained_seconds", 0) for row in read_log(folder / "log.jsonl"))
+        return {"seconds": round(seconds), "steps": steps}
 
     def ship(self, output: Path) -> None:
         """Base model, Whisper and trained weights in fp16; the base's own UNet is only described, it is not needed."""
