@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(unbroken, tiny):
         assert row["loss"] > 0 and row["bucket_loss"] > 0 and row["grad_norm"] > 0 and row["memory_gb"] > 0
         assert row["clips_per_second"] > 0 and 0 <= row["data_wait"] < 1
     trained = [row["trained_seconds"] for row in rows]
-    assert 0 < trained[0] and trained == sorted(trained)
+    assert trained[0] > 0 and trained == sorted(trained)
     assert rows[0]["learning_rate"] == pytest.approx(1e-3) and rows[-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
     settings = open_checkpoint(checkpoint).settings
     assert settings == Settings(**{**dataclasses.asdict(open_checkpoint(tiny).settings), "shift_offset": 3})
