@@ -85,7 +85,7 @@ def write_report(results: Results, checkpoint: Path, dtype: str, document: Path)
         "`benchmarks/lab.py`; every number is measured, from the landmarks of the finished frames (`sonic/metrics.py`).",
         "Half of the voices are espeak-ng's, half are people's (telephone prompts); none of them was trained on.",
         f"Animated in {dtype}. Steps, guidance, contrast and floor were chosen by trials of the shipped weights on these",
-        "clips; no weights have met any of them.",
+        "clips; the weights measured here have met none of them.",
         "",
         f"Checkpoint: `{portable(checkpoint)}` ({build_note(checkpoint)}).",
         "Numbers are medians over clips with the range of the middle 80 % in brackets, unless they say otherwise.",

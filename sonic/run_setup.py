@@ -107,7 +107,7 @@ def start_accelerator(config: TrainingConfig, start: Checkpoint) -> Accelerator:
 def fused_is_faster(config: TrainingConfig, device: torch.device) -> bool:
     """Whether torch's fused attention is the faster one to train with, as it is but for few tokens in bf16 on a CPU.
 
-    Its backward pass takes several times as long there. From 256 tokens on it is faster, and keeps no weights of each to each.
+    There the fused kernel's backward pass takes several times as long. From 256 tokens on it wins, and never keeps L × L weights.
     """
     few = config.mixed_precision == "bf16" and config.resolution <= SMALL
     return not few or device.type != "cpu"
